@@ -39,20 +39,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 # --------------------------------------------------------------------------------------------------
 
 
-def check_lora_arguments(rank, alpha, dropout):
-    """Raise a `ValueError` that names the value and what is allowed, unless all three make sense."""
-
-    def is_number(value):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank is {rank!r}: it must be a whole number of 1 or more, such as 8")
-    if not is_number(alpha) or not 0 < alpha < math.inf:
-        raise ValueError(f"alpha is {alpha!r}: it must be a finite number above 0, such as 16")
-    if not is_number(dropout) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout!r}: it must be a number from 0 up to, but below, 1")
-
-
 class LoRALayer(nn.Module):
     r"""A frozen linear layer with a trained low-rank update beside it.
 
@@ -78,7 +64,15 @@ class LoRALayer(nn.Module):
     """
 
     def __init__(self, base, rank=8, alpha=16.0, dropout=0.0, use_rslora=False):
-        check_lora_arguments(rank, alpha, dropout)
+        def is_number(value):
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+        if not is_number(rank) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank is {rank!r}: it must be a whole number of 1 or more, such as 8")
+        if not is_number(alpha) or not 0 < alpha < math.inf:
+            raise ValueError(f"alpha is {alpha!r}: it must be a finite number above 0, such as 16")
+        if not is_number(dropout) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout!r}: it must be a number from 0 up to, but below, 1")
         if not isinstance(base, nn.Linear):
             raise ValueError(f"base is a {type(base).__name__}: LoRALayer wraps a linear layer that is not wrapped yet")
         if rank > min(base.in_features, base.out_features):
@@ -169,59 +163,63 @@ HEAD = "classifier"
 
 @contextlib.contextmanager
 def quiet():
-    """Inside it transformers and datasets draw no progress bars and report no more than errors."""
-    verbosity = transformers.logging.get_verbosity()
+    """Inside it transformers and datasets draw no progress bars and report errors alone."""
+    of_transformers, of_datasets = transformers.logging.get_verbosity(), datasets.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
     transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
-        datasets.enable_progress_bars()
+        transformers.logging.set_verbosity(of_transformers)
+        datasets.logging.set_verbosity(of_datasets)
+        if bars[0]:
+            transformers.logging.enable_progress_bar()
+        if bars[1]:
+            datasets.enable_progress_bars()
 
 
 @functools.cache
 def hub_answers(seconds=5):
     """Whether the Hugging Face hub can be reached: asked once, within `seconds`, and remembered.
 
-    transformers and datasets alone try five times each, half a minute and more, before they give up.
+    If it does not answer, transformers and datasets are told to stay with their local caches from now on. Left
+    alone, they try five times each, half a minute and more, before they give up.
     """
 
     def ask():
         with contextlib.suppress(Exception):  # whatever goes wrong, the hub did not answer
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=seconds)
-            answers.append(True)
+            response = huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=seconds)
+            answers.extend([True] if response.status_code < 400 else [])
 
     answers = []
     if not huggingface_hub.is_offline_mode():
         thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no time limit of its own
         thread.start()
         thread.join(seconds)
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = not answers
     return bool(answers)
 
 
-def from_hub(repo_id, needed, optional=(), repo_type="model"):
-    """The local folder of a hub repository, from the cache or else downloaded. `OSError` where neither has it.
+def why_not_from_the_hub(error):
+    """What to say of something that came from neither the hub nor its local cache."""
+    if hub_answers():
+        return str(error).strip().partition("\n")[0]
+    return "the hub cannot be reached, the local cache does not have it"
 
-    `needed` and `optional` are patterns of file names; what matches neither is not downloaded.
-    """
 
-    def fetch(**options):
-        patterns = [*needed, *optional]
-        folder = huggingface_hub.snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns, **options)
-        missing = [pattern for pattern in needed if not any(Path(folder).glob(pattern))]
-        if missing:
-            raise FileNotFoundError(f"{repo_id} has no {' and no '.join(missing)}")
-        return Path(folder)
-
-    try:
-        return fetch(local_files_only=True)
-    except OSError:
-        if not hub_answers():
-            raise OSError("the Hugging Face hub cannot be reached and the local cache does not have it") from None
-    return fetch()
+def hub_checkpoint(name):
+    """The folder of a checkpoint in the hub's local cache, downloaded first where it is not there as a whole."""
+    wanted = ["config.json", "model.safetensors", "tokenizer*", "vocab.txt", "special_tokens_map.json"]
+    for local_files_only in (True, not hub_answers()):
+        with contextlib.suppress(FileNotFoundError):
+            folder = huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=local_files_only)
+            files = {file.name for file in Path(folder).iterdir()}
+            if {"config.json", "model.safetensors"} <= files and {"tokenizer.json", "vocab.txt"} & files:
+                return Path(folder)
+    raise FileNotFoundError(f"{name} lacks config.json, model.safetensors, or a tokenizer")
 
 
 @functools.cache
@@ -250,7 +248,7 @@ class Checkpoint(NamedTuple):
 
 
 def find_model(model_name="auto", announce=True):
-    """Find a BERT checkpoint and print in one line what was taken.
+    """Find a BERT checkpoint, and print in one line what was taken.
 
     Args:
         model_name: a hub id or a folder, which is taken or refused, never replaced; or "auto":
@@ -266,26 +264,19 @@ def find_model(model_name="auto", announce=True):
         OSError: where "auto" finds neither the hub nor the package; it says what to install.
     """
 
-    def on_the_hub(name):
-        needed, optional = ["config.json", "model.safetensors"], ["tokenizer*", "vocab.txt", "special_tokens_map.json"]
-        return Checkpoint(name, from_hub(name, needed, optional), "from the hub or its local cache")
-
     allowed = 'allowed are "auto", the id of a BERT on the Hugging Face hub, or a folder that save_pretrained wrote'
-    if model_name == "auto":
-        try:
-            checkpoint = on_the_hub(DEFAULT_MODEL)
-        except OSError as error:
-            origin = f"6 layers, packaged, instead of {DEFAULT_MODEL}: {error}"
-            checkpoint = Checkpoint(OFFLINE_MODEL, offline_model(), origin)
-    elif Path(model_name).is_dir():
-        checkpoint = Checkpoint(str(model_name), Path(model_name), "a folder")
+    name = DEFAULT_MODEL if model_name == "auto" else str(model_name)
+    if Path(name).is_dir():
+        checkpoint = Checkpoint(name, Path(name), "a folder")
     else:
         try:
-            checkpoint = on_the_hub(model_name)
-        except (OSError, ValueError) as error:
-            if model_name != OFFLINE_MODEL:
-                raise ValueError(f"no model {str(model_name)!r}: no such folder, and {error}; {allowed}") from None
-            checkpoint = Checkpoint(model_name, offline_model(), "6 layers, packaged")  # the very same weights
+            checkpoint = Checkpoint(name, hub_checkpoint(name), "from the Hugging Face hub or its local cache")
+        except Exception as error:  # of many kinds, and every one is told
+            reason = why_not_from_the_hub(error)
+            if model_name not in ("auto", OFFLINE_MODEL):  # the package holds the very weights of OFFLINE_MODEL
+                raise ValueError(f"no model {name!r}: no such folder, and {reason}; {allowed}") from None
+            instead = "" if name == OFFLINE_MODEL else f", instead of {name}: {reason}"
+            checkpoint = Checkpoint(OFFLINE_MODEL, offline_model(), f"6 layers, packaged{instead}")
     if announce:
         print(f"Model: {checkpoint.name} ({checkpoint.origin})")
     return checkpoint
@@ -343,9 +334,9 @@ def match_targets(names, target_modules):
 class LoRABertModel(nn.Module):
     """A BERT classifier in which only low-rank updates and the classifier head are trained.
 
-    The linear layers that `target_modules` names become `LoRALayer`s, all other weights are frozen, and the
-    backbone's dropout is off: a frozen backbone cannot overfit, and dropout in it costs time. The classifier head
-    is trained in float32.
+    The linear layers that `target_modules` names become `LoRALayer`s, and all other weights are frozen but the
+    classifier head's, which is trained in float32. The backbone's dropout is off: it costs time, and no gain from
+    it was seen while the backbone is frozen.
 
     Args:
         model_name: a hub id, a folder, or "auto" (see `find_model`).
@@ -374,27 +365,25 @@ class LoRABertModel(nn.Module):
         dtype=None,
         use_rslora=False,
     ):
-        check_lora_arguments(rank, alpha, dropout)
+        super().__init__()
         if not isinstance(num_labels, int) or num_labels < 2:
             raise ValueError(f"num_labels is {num_labels!r}: it must be a whole number of 2 or more")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype is {dtype!r}: allowed are None and torch's floating-point types")
         checkpoint = find_model(model_name, announce=model_name == "auto")
-        config = read_bert_config(checkpoint, num_labels)
-        with torch.device("meta"):  # shapes without weights, to refuse a wrong target before anything is loaded
-            skeleton = BertForSequenceClassification(config)
+        self.model_name, self.target_modules = checkpoint.name, target_modules
+        self.lora_arguments = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
+        self.checkpoint_config = read_bert_config(checkpoint, num_labels)
+
+        with torch.device("meta"):  # shapes alone, to refuse a wrong target or rank before any weights are loaded
+            skeleton = BertForSequenceClassification(self.checkpoint_config)
         linear = {name: layer for name, layer in skeleton.named_modules() if isinstance(layer, nn.Linear)}
         del linear[HEAD]
         targets = match_targets(linear, target_modules)
         for name in targets:
-            if rank > min(linear[name].weight.shape):
-                raise ValueError(f"rank is {rank}: at {name} it can be at most {min(linear[name].weight.shape)}")
+            self.wrap(linear[name])
 
-        super().__init__()
-        self.model_name, self.target_modules = checkpoint.name, target_modules
-        self.lora_arguments = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
-        self.checkpoint_config = config
-        self.model = load_frozen_bert(checkpoint, config, dtype)
+        self.model = load_frozen_bert(checkpoint, self.checkpoint_config, dtype)
         for name in targets:
             parent, _, child = name.rpartition(".")
             parent = self.model.get_submodule(parent)
@@ -443,36 +432,33 @@ class LoRABertModel(nn.Module):
     def save_pretrained(self, folder):
         """Write the adapter and the head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
-        `PeftModel.from_pretrained(bert, folder)` reads them, and so does `from_pretrained` below. Each file is
-        written beside its name and then renamed, the weights last: what was there is never half-overwritten.
+        `PeftModel.from_pretrained(bert, folder)` reads them, and so does `from_pretrained` below. Both files are
+        written beside their names and then renamed, so no file is ever half-written.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        targets = self.target_modules
+        arguments, targets = self.lora_arguments, self.target_modules
         config = {
             "peft_type": "LORA",
             "task_type": "SEQ_CLS",
             "base_model_name_or_path": self.model_name,
-            "r": self.lora_arguments["rank"],
-            "lora_alpha": self.lora_arguments["alpha"],
-            "lora_dropout": self.lora_arguments["dropout"],
-            "use_rslora": self.lora_arguments["use_rslora"],
+            "r": arguments["rank"],
+            "lora_alpha": arguments["alpha"],
+            "lora_dropout": arguments["dropout"],
+            "use_rslora": arguments["use_rslora"],
             "target_modules": targets if isinstance(targets, str) else list(targets),
-            "modules_to_save": [HEAD, "score"],
-            "bias": "none",
-            "inference_mode": True,
         }
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.adapter_state().items()}
-        part = folder / "adapter_config.json.part"
-        part.write_text(json.dumps(config, indent=2) + "\n")
-        part.replace(folder / "adapter_config.json")
-        part = folder / "adapter_model.safetensors.part"
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.replace(folder / "adapter_model.safetensors")
+        files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+        parts = [file.with_name(f"{file.name}.part") for file in files]
+        parts[0].write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, parts[1], metadata={"format": "pt"})
+        for part, file in zip(parts, files, strict=True):
+            part.replace(file)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
-        """The model whose adapter `save_pretrained`, or PEFT, wrote into `folder`.
+        """The model whose adapter `save_pretrained`, or PEFT, wrote into `folder`, ready to evaluate.
 
         Raises:
             ValueError: for a folder without an adapter, one that is not LoRA, and one whose tensors do not fit.
@@ -501,36 +487,33 @@ class LoRABertModel(nn.Module):
             use_rslora=config.get("use_rslora", False),
         )
         own = model.adapter_state()
-        if shapes(own) != shapes(tensors):
-            odd = sorted(dict(shapes(own).items() ^ shapes(tensors).items()))
-            raise ValueError(f"{tensors_file} does not fit its config at {', '.join(odd[:3])} and {len(odd)} in all")
+        expected, found = ({(name, t.shape, t.is_floating_point()) for name, t in s.items()} for s in (own, tensors))
+        if expected != found:
+            odd = sorted({name for name, *_ in expected ^ found})
+            raise ValueError(f"{tensors_file} does not fit its config at {len(odd)} tensors, such as {odd[0]}")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
-        return model
+        return model.eval()
 
     @torch.no_grad()
     def merge_and_unload(self):
         """A plain float32 `BertForSequenceClassification` that computes what this model computes.
 
         The stored base in float32 plus the update computed in float32, whatever is merged here: a small update
-        added in bf16 would be lost. The checkpoint's own dropout settings are restored. This model is left as it is.
+        added in bf16 would be lost. A base stored in bf16 keeps its rounding; load with dtype=torch.float32 to
+        merge into the checkpoint's own weights. Its dropout settings are restored. This model is left as it is.
         """
-        plain = BertForSequenceClassification(copy.deepcopy(self.checkpoint_config)).float()
-        layers = self.lora_layers()
         state = {
             name.replace(".base.", "."): tensor.float()
             for name, tensor in self.model.state_dict().items()
             if ".lora_" not in name
         }
-        for name, layer in layers.items():
+        for name, layer in self.lora_layers().items():
             state[f"{name}.weight"] = state[f"{name}.weight"] + layer.delta_weight()
+        plain = BertForSequenceClassification(copy.deepcopy(self.checkpoint_config))
         plain.load_state_dict(state)
         return plain.to(self.model.device).eval()
-
-
-def shapes(tensors):
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def read_bert_config(checkpoint, num_labels):
@@ -572,6 +555,7 @@ def load_frozen_bert(checkpoint, config, dtype):
 # --------------------------------------------------------------------------------------------------
 
 MOVIE_PHRASES = Path(__file__).parent / "data" / "movie_phrases"
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 SST2_SIZES = {"train": 67_349, "validation": 872}
 
 
@@ -594,22 +578,26 @@ def load_sst2(dataset="auto"):
 
     Source: Socher et al. 2013 (the Stanford Sentiment Treebank); Wang et al. 2018 (GLUE).
     """
-    hub_files = ["sst2/train-*.parquet", "sst2/validation-*.parquet"]
     if dataset == "auto" and os.environ.get("SST2_DIR"):
         folder, origin = Path(os.environ["SST2_DIR"]), "the folder that SST2_DIR names"
-    elif dataset in ("auto", "sst2"):
-        try:
-            folder = from_hub("nyu-mll/glue", hub_files, repo_type="dataset") / "sst2"
-            origin = "nyu-mll/glue, from the hub or its local cache"
-        except OSError as error:
-            if dataset == "sst2":
-                raise ValueError(f'no data "sst2": {error}; allowed are also "auto" and a folder') from None
-            folder, origin = MOVIE_PHRASES, f"written for this project, instead of SST-2: {error}"
-    else:
+    elif dataset not in ("auto", "sst2"):
         folder, origin = Path(dataset), "a folder"
-
+    else:
+        try:
+            hub_answers()  # where it does not, the next line looks into the local cache alone
+            with quiet():
+                splits = datasets.load_dataset("nyu-mll/glue", "sst2")
+            folder, origin = None, "nyu-mll/glue, from the Hugging Face hub or its local cache"
+        except Exception as error:  # of many kinds, and every one is told
+            reason = why_not_from_the_hub(error)
+            if dataset == "sst2":
+                raise ValueError(f'no data "sst2": {reason}; allowed are also "auto" and a folder') from None
+            folder, origin = MOVIE_PHRASES, f"written for this project, instead of SST-2: {reason}"
     with quiet():
-        splits = read_folder(folder)
+        splits = read_folder(folder) if folder else splits
+        labels = datasets.ClassLabel(names=["negative", "positive"])
+        splits = {name: splits[name].select_columns(["sentence", "label"]) for name in SST2_SIZES}
+        splits = datasets.DatasetDict(splits).cast_column("label", labels)
     sizes = {name: len(split) for name, split in splits.items()}
     name = "SST-2" if sizes == SST2_SIZES else folder.name
     for split in splits.values():
@@ -619,30 +607,27 @@ def load_sst2(dataset="auto"):
 
 
 def read_folder(folder):
-    """The `DatasetDict` of a data folder, its columns and labels checked."""
+    """The splits of a data folder, as they are, their columns and labels checked."""
     allowed = "it must hold a train and a validation file (parquet, jsonl or csv) with columns sentence and label"
     if not folder.is_dir():
-        raise ValueError(f"no data folder {str(folder)!r}: {allowed}")
-    readers = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-    splits = datasets.DatasetDict()
-    for name in ("train", "validation"):
-        files = sorted(file for file in folder.glob(f"{name}*") if file.suffix in readers)
+        raise ValueError(f'no data folder {str(folder)!r}: {allowed}; "auto" and "sst2" need no folder')
+    splits = {}
+    for name in SST2_SIZES:
+        files = [str(file) for file in sorted(folder.glob(f"{name}*")) if file.suffix in READERS]
         if not files:
             raise ValueError(f"no {name} file in the data folder {str(folder)!r}: {allowed}")
-        if not files[0].stat().st_size:
-            raise ValueError(f"{files[0].name} holds no sentence: {allowed}")
-        reader, paths = readers[files[0].suffix], [str(file) for file in files]
-        split = datasets.load_dataset(reader, data_files=paths, split="train")
-        missing = [column for column in ("sentence", "label") if column not in split.column_names]
-        if missing:
-            raise ValueError(
-                f"{files[0].name} has columns {split.column_names}, not {' and '.join(missing)}: {allowed}"
-            )
-        labels = set(split.unique("label"))
-        if not labels <= {0, 1}:
-            raise ValueError(f"{files[0].name} has labels {sorted(map(str, labels))}: allowed are 0 and 1")
-        splits[name] = split.select_columns(["sentence", "label"])
-    return splits.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
+        if not any(os.path.getsize(file) for file in files):
+            raise ValueError(f"the {name} split of {str(folder)!r} holds no sentence: {allowed}")
+        reader = READERS[Path(files[0]).suffix]
+        splits[name] = datasets.load_dataset(reader, data_files=files, split="train")
+        columns = splits[name].column_names
+        if not {"sentence", "label"} <= set(columns):
+            raise ValueError(f"the {name} split of {str(folder)!r} has the columns {', '.join(columns)}: {allowed}")
+        labels = set(splits[name].unique("label"))
+        if not labels or not labels <= {0, 1}:
+            labels = ", ".join(sorted(map(str, labels))) or "no sentence"
+            raise ValueError(f"the {name} split of {str(folder)!r} has the labels {labels}: allowed are 0 and 1")
+    return splits
 
 
 class LengthBatches(Sampler):
@@ -661,7 +646,7 @@ class LengthBatches(Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch, start=0):
-        """Give the batches of this epoch from now on, from batch number `start`."""
+        """Give the batches of this epoch from now on; the first time from batch number `start`."""
         self.epoch, self.start = epoch, start
 
     def __len__(self):
@@ -675,7 +660,8 @@ class LengthBatches(Sampler):
         order = torch.cat([window[self.lengths[window].argsort(stable=True)] for window in windows])
         batches = order.split(self.batch_size)
         turns = torch.randperm(len(batches), generator=generator) if self.shuffle else torch.arange(len(batches))
-        for turn in turns[self.start :].tolist():
+        start, self.start = self.start, 0  # it holds for this epoch alone
+        for turn in turns[start:].tolist():
             yield batches[turn].tolist()
 
 
@@ -693,11 +679,9 @@ def make_loader(split, tokenizer, batch_size=32, shuffle=False, seed=0):
         raise ValueError("the list of sentences is empty: at least one is needed")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}: it must be a whole number of 1 or more")
-    encoded = tokenizer(list(split["sentence"]), truncation=True, max_length=512, padding=False)
-    names = list(encoded)
-    rows = [dict(zip(names, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
-    for row, label in zip(rows, split["label"], strict=True):
-        row["labels"] = label
+    encoded = tokenizer(list(split["sentence"]), truncation=True, max_length=512)
+    encoded["labels"] = split["label"]
+    rows = [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
     lengths = [len(row["input_ids"]) for row in rows]
     batches = LengthBatches(lengths, batch_size, shuffle, seed)
     return DataLoader(rows, batch_sampler=batches, collate_fn=DataCollatorWithPadding(tokenizer))
@@ -717,7 +701,8 @@ def wilson_interval(right, n, z=1.959964):
         raise ValueError(f"{right} right of {n}: n must be 1 or more, and right from 0 to n")
     p, z2 = right / n, z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
-    return (p + z2 / 2 - half) / (1 + z2), (p + z2 / 2 + half) / (1 + z2)
+    low, high = ((p + z2 / 2 + side) / (1 + z2) for side in (-half, half))
+    return max(0.0, min(low, p)), min(1.0, max(high, p))  # rounding must leave neither bounds nor share outside
 
 
 class Evaluation(NamedTuple):

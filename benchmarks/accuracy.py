@@ -121,7 +121,6 @@ def run(args, data, seed):
         "n": result.n,
         "loss": round(result.loss, 4),
         "train_seconds": round(seconds, 1),
-        "commit": commit(),
         "machine": machine(model),
         "predictions": "".join(map(str, result.predictions)),
     }
@@ -209,8 +208,9 @@ def main():
         return summarise(args.out)
     data = lora_utils.load_sst2(args.data)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    at_commit = commit()
     for seed in args.seeds:
-        line = run(args, data, seed)
+        line = run(args, data, seed) | {"commit": at_commit}
         with open(args.out, "a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps({key: value for key, value in line.items() if key != "predictions"}), flush=True)

@@ -1,8 +1,11 @@
 """A small BERT with random weights, and data of a few sentences: no test needs a network."""
 
 import os
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+# before transformers is imported: no hub, and no local cache that somebody's own work has filled
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tests-")
 os.environ.pop("SST2_DIR", None)
 
 import json

@@ -34,8 +34,7 @@ def printed(output):
 
 
 def tidy(notebook):
-    """Leave of a progress bar what a screen would show at the end, and no widget state."""
-    notebook.metadata.pop("widgets", None)
+    """Leave of a progress bar what a screen would show at the end."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
@@ -46,7 +45,9 @@ def tidy(notebook):
 def execute(source, target):
     """Execute the notebook at `source`, write it to `target`, and return the lines that tell its accuracy."""
     notebook = nbformat.read(source, as_version=4)
-    client = Narrator(notebook, timeout=None, record_timing=False, resources={"metadata": {"path": str(ROOT)}})
+    client = Narrator(
+        notebook, timeout=None, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}}
+    )
     try:
         client.execute()
     finally:  # of a notebook that failed, too: it shows where

@@ -104,8 +104,8 @@ BREAKAGES = [
     ),
     (
         "a batch is dropped",
-        "turns[self.start :]",
-        "turns[self.start : -1]",
+        "in turns[start:]",
+        "in turns[start:-1]",
         "data",
         "an_epoch_holds_every_sentence_once",
     ),

@@ -1,11 +1,19 @@
+import itertools
 import json
 import re
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
 import pytest
+import torch
+from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
+
+from lora_utils import LoRABertModel, load_sst2, make_loader
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ["LoRA_implementation.ipynb"]
@@ -60,6 +68,8 @@ def test_a_notebook_was_executed_on_the_real_sst_2(notebook):
 def test_code_cells_are_short_and_have_a_sentence_before_them(notebook):
     sizes = sorted(len([line for line in cell.source.splitlines() if line.strip()]) for cell in code_cells(notebook))
     assert sizes[-1] <= 30 and sizes[len(sizes) // 2] <= 10
+    for before, cell in itertools.pairwise(notebook.cells):
+        assert cell.cell_type == "markdown" or before.cell_type == "markdown", cell.source
 
 
 def test_one_cell_is_tagged_parameters_and_holds_literals_only(notebook):
@@ -75,6 +85,42 @@ def test_every_figure_is_small_and_has_a_caption(notebook):
             if "image/png" in output.get("data", {}):
                 assert len(output.data["image/png"]) * 3 / 4 < 100_000
                 assert following.source.startswith("*Figure ")
+
+
+def test_a_training_loop_that_is_interrupted_goes_on_where_it_stopped(notebook, bert, tokenizer, capsys):
+    """The notebook's own `new_run` and `train`, interrupted in an epoch, against the same run in one go."""
+    loader = make_loader(load_sst2("auto")["train"].select(range(40)), tokenizer, batch_size=8, shuffle=True)
+    cell = {
+        **{"torch": torch, "sys": sys, "tqdm": tqdm, "SimpleNamespace": SimpleNamespace, "train_loader": loader},
+        **{"EPOCHS": 2, "device": "cpu", "get_linear_schedule_with_warmup": get_linear_schedule_with_warmup},
+    }
+    for source in (cell.source for cell in code_cells(notebook)):
+        if source.startswith(("def new_run(", "def train(")):
+            exec(source, cell)
+
+    def interrupt_at(call):
+        def forward(model, arguments):
+            interrupt_at.calls += 1
+            if interrupt_at.calls == call:
+                raise KeyboardInterrupt
+
+        interrupt_at.calls = 0
+        return forward
+
+    def a_run():
+        torch.manual_seed(0)
+        return cell["new_run"](LoRABertModel(str(bert), dtype=torch.float32), 1e-3)
+
+    whole, stopped = a_run(), a_run()
+    cell["train"](whole)
+    hook = stopped.model.register_forward_pre_hook(interrupt_at(8))
+    cell["train"](stopped)
+    assert len(stopped.losses) == 7 and "run this cell again" in capsys.readouterr().out
+    hook.remove()
+    cell["train"](stopped)
+    assert len(whole.losses) == 10 and stopped.losses == whole.losses
+    cell["train"](stopped)
+    assert len(stopped.losses) == 10
 
 
 @pytest.mark.slow

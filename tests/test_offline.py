@@ -2,7 +2,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import huggingface_hub
 import pytest
 
@@ -25,18 +27,29 @@ class SilentHub:
 @pytest.fixture
 def forget():
     """Forget, before and after a test, whether the hub answered and where the package lies."""
-    hub_answers.cache_clear()
-    lora_utils.offline_model.cache_clear()
+    for function in (hub_answers, lora_utils.offline_model):
+        function.cache_clear()
     yield
-    hub_answers.cache_clear()
-    lora_utils.offline_model.cache_clear()
+    for function in (hub_answers, lora_utils.offline_model):
+        function.cache_clear()
 
 
 def test_a_hub_that_does_not_answer_is_asked_once_and_for_a_short_time(monkeypatch, forget):
     monkeypatch.setattr(huggingface_hub, "get_session", SilentHub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     start = time.perf_counter()
     assert [hub_answers(1), hub_answers(1), hub_answers(1)] == [False] * 3
     assert time.perf_counter() - start < 3 and SilentHub.asked == 1
+    assert huggingface_hub.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_answers_leaves_the_libraries_online(monkeypatch, forget):
+    monkeypatch.setattr(SilentHub, "head", lambda *args, **options: SimpleNamespace(status_code=200))
+    monkeypatch.setattr(huggingface_hub, "get_session", SilentHub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    assert hub_answers() and not huggingface_hub.is_offline_mode() and not datasets.config.HF_HUB_OFFLINE
 
 
 def test_auto_falls_back_to_the_packaged_model_and_says_so_in_one_line(capsys):
@@ -73,7 +86,7 @@ def test_without_hub_and_package_the_error_says_what_to_install(monkeypatch, for
 
 
 @pytest.mark.slow
-def test_on_a_machine_without_a_hub_the_fallbacks_take_less_than_ten_seconds_and_make_no_noise():
+def test_on_a_machine_without_a_hub_the_fallbacks_take_less_than_ten_seconds_and_make_no_noise(tmp_path):
     """In a process of its own, with an address that leads nowhere for a hub."""
     code = """if True:
         import time, lora_utils
@@ -82,7 +95,7 @@ def test_on_a_machine_without_a_hub_the_fallbacks_take_less_than_ten_seconds_and
         lora_utils.load_sst2("auto")
         print(time.perf_counter() - start)
     """
-    environment = {"HF_ENDPOINT": "http://192.0.2.1", "PATH": "", "HF_HOME": "no-such-cache"}
+    environment = {"HF_ENDPOINT": "http://192.0.2.1", "PATH": "", "HF_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = run.stdout.splitlines()
     assert len(lines) == 3 and lines[0].startswith("Model: ") and lines[1].startswith("Data: "), run
