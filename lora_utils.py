@@ -213,13 +213,14 @@ def why_not_from_the_hub(error):
 def hub_checkpoint(name):
     """The folder of a checkpoint in the hub's local cache, downloaded first where it is not there as a whole."""
     wanted = ["config.json", "model.safetensors", "tokenizer*", "vocab.txt", "special_tokens_map.json"]
-    for local_files_only in (True, not hub_answers()):
+    for cached in (True, False):
         with contextlib.suppress(FileNotFoundError):
-            folder = huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=local_files_only)
-            files = {file.name for file in Path(folder).iterdir()}
+            alone = cached or not hub_answers()
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=alone))
+            files = {file.name for file in folder.iterdir()}
             if {"config.json", "model.safetensors"} <= files and {"tokenizer.json", "vocab.txt"} & files:
-                return Path(folder)
-    raise FileNotFoundError(f"{name} lacks config.json, model.safetensors, or a tokenizer")
+                return folder
+    raise FileNotFoundError(f"{name} is not there, or lacks config.json, model.safetensors or a tokenizer")
 
 
 @functools.cache
@@ -263,7 +264,6 @@ def find_model(model_name="auto", announce=True):
         ValueError: for a model that is neither a folder nor to be had from the cache or the hub.
         OSError: where "auto" finds neither the hub nor the package; it says what to install.
     """
-
     allowed = 'allowed are "auto", the id of a BERT on the Hugging Face hub, or a folder that save_pretrained wrote'
     name = DEFAULT_MODEL if model_name == "auto" else str(model_name)
     if Path(name).is_dir():
@@ -476,13 +476,14 @@ class LoRABertModel(nn.Module):
                 raise ValueError(
                     f"{config_file} sets {option} to {config[option]!r}, which LoRABertModel does not have"
                 )
+        head_bias = tensors.get(f"base_model.model.{HEAD}.bias", ())
         model = cls(
             config["base_model_name_or_path"],
             rank=config["r"],
             alpha=config["lora_alpha"],
             dropout=config.get("lora_dropout", 0.0),
             target_modules=config["target_modules"],
-            num_labels=len(tensors.get(f"base_model.model.{HEAD}.bias", "xx")),
+            num_labels=len(head_bias) or 2,
             dtype=dtype,
             use_rslora=config.get("use_rslora", False),
         )
