@@ -156,7 +156,9 @@ def summarise(file):
         s, scores = json.loads(settings), [100 * line["accuracy"] for line in lines]
         targets = s["targets"] if isinstance(s["targets"], str) else " and ".join(s["targets"])
         name = "head only" if s["method"] == "head" else f"LoRA, {targets}, rank {s['rank']}"
-        rest = ", ".join(f"{key} {s[key]:g}" for key in ("learning_rate", "epochs", "batch_size", "backbone_dropout"))
+        rest = ", ".join(
+            f"{key} {s.get(key, 0):g}" for key in ("learning_rate", "epochs", "batch_size", "backbone_dropout")
+        )
         print(f"{where}: {name} ({lines[0]['trained_parameters']:,} trained; {rest})")
         print(f"    mean {statistics.fmean(scores):.2f}, seeds {' '.join(f'{score:.2f}' for score in scores)}")
         if where == "validation":

@@ -34,6 +34,6 @@ def test_on_movie_phrases_lora_reaches_80_percent_and_beats_the_head_alone_by_5_
             scores.append(lora_utils.evaluate(model, validation).accuracy)
         return statistics.fmean(scores)
 
-    lora, head_only = mean_accuracy("lora", 1e-3), mean_accuracy("head", 1e-2)
+    lora, head_only = mean_accuracy("lora", 1e-3), mean_accuracy("head", 3e-2)
     print(f"LoRA {lora:.1%}, head only {head_only:.1%}")
     assert lora >= 0.80 and lora >= head_only + 0.05
