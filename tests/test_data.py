@@ -146,21 +146,26 @@ def test_an_empty_list_of_sentences_and_a_batch_size_of_zero_are_refused(tokeniz
 
 
 def test_evaluate_counts_every_sentence_and_keeps_the_order_of_the_data(bert, tokenizer):
-    torch.manual_seed(0)
-    model = randomise(LoRABertModel(str(bert), dtype=torch.float32)).train()
+    model = randomise(LoRABertModel(str(bert), dtype=torch.float32)).eval()
     split = load_sst2("auto")["validation"].select(range(41))
-    result = evaluate(model, make_loader(split, tokenizer, batch_size=4))
+    loader = make_loader(split, tokenizer, batch_size=4)
+
+    def alone(i):
+        return model(**tokenizer(split["sentence"][i], return_tensors="pt"), labels=torch.tensor([split[i]["label"]]))
+
+    with torch.no_grad():  # let half of the labels be 0 and half 1, so that their order shows
+        margins = torch.stack([alone(i).logits[0, 1] - alone(i).logits[0, 0] for i in range(41)])
+        model.model.classifier.bias[0] += margins.median() + 1e-4
+        expected = [alone(i) for i in range(41)]
+    result = evaluate(model.train(), loader)
     assert model.training and result.n == 41
-    model.eval()
-    losses = []
-    for i, sentence in enumerate(split["sentence"]):
-        output = model(**tokenizer(sentence, return_tensors="pt"), labels=torch.tensor([split[i]["label"]]))
-        assert output.logits.argmax() == result.predictions[i]
-        losses.append(output.loss.item())
-    right = sum(p == label for p, label in zip(result.predictions, split["label"], strict=True))
+    labels = [output.logits.argmax().item() for output in expected]
+    assert result.predictions == labels and sum(labels) == 20
+    assert labels != [labels[i] for batch in loader.batch_sampler for i in batch]
+    right = sum(p == label for p, label in zip(labels, split["label"], strict=True))
     assert 0 < right < 41 and result.accuracy == right / 41
     assert (result.low, result.high) == wilson_interval(right, 41)
-    assert result.loss == pytest.approx(sum(losses) / 41, rel=1e-4)
+    assert result.loss == pytest.approx(sum(output.loss.item() for output in expected) / 41, rel=1e-4)
     assert f"{right / 41:.1%}" in str(result) and "n = 41" in str(result)
 
 
