@@ -150,15 +150,14 @@ def summarise(file):
     """Print one row a setting: mean accuracy over the seeds, and each seed's; draw those on the validation set."""
     groups = {}
     for line in map(json.loads, Path(file).read_text().splitlines()):
-        groups.setdefault((line["evaluated_on"], json.dumps(line["settings"])), []).append(line)
+        groups.setdefault((line["evaluated_on"], json.dumps(line["settings"], sort_keys=True)), []).append(line)
     drawn = []
     for (where, settings), lines in sorted(groups.items()):
         s, scores = json.loads(settings), [100 * line["accuracy"] for line in lines]
         targets = s["targets"] if isinstance(s["targets"], str) else " and ".join(s["targets"])
         name = "head only" if s["method"] == "head" else f"LoRA, {targets}, rank {s['rank']}"
-        rest = ", ".join(
-            f"{key} {s.get(key, 0):g}" for key in ("learning_rate", "epochs", "batch_size", "backbone_dropout")
-        )
+        knobs = ("alpha", "dropout", "backbone_dropout", "learning_rate", "epochs", "batch_size")
+        rest = ", ".join(f"{key} {s[key]:g}" for key in knobs)
         print(f"{where}: {name} ({lines[0]['trained_parameters']:,} trained; {rest})")
         print(f"    mean {statistics.fmean(scores):.2f}, seeds {' '.join(f'{score:.2f}' for score in scores)}")
         if where == "validation":
