@@ -59,17 +59,34 @@ def test_auto_falls_back_to_the_packaged_model_and_says_so_in_one_line(capsys):
     assert out.count("\n") == 1 and "instead of" in out and DEFAULT_MODEL in out and "cannot be reached" in out
 
 
-def test_auto_takes_bert_base_from_the_local_cache(monkeypatch, tmp_path, capsys):
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt"):
-        (tmp_path / name).touch()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(tmp_path))
-    assert find_model("auto")[:2] == (DEFAULT_MODEL, tmp_path)
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """A function that puts files into a hub cache, laid out as the hub's own library lays it out, as BERT-base."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def put(*names):
+        repository = tmp_path / f"models--{DEFAULT_MODEL.replace('/', '--')}"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        snapshot.mkdir(parents=True)
+        for name in names:
+            (snapshot / name).symlink_to(lora_utils.offline_model() / name)
+        return snapshot
+
+    return put
+
+
+def test_auto_takes_bert_base_from_the_local_cache(cached, capsys):
+    snapshot = cached("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+    assert find_model("auto")[:2] == (DEFAULT_MODEL, snapshot)
     assert DEFAULT_MODEL in capsys.readouterr().out
+    assert lora_utils.LoRABertModel("auto").model_name == DEFAULT_MODEL
 
 
-def test_a_half_downloaded_model_does_not_count_as_cached(monkeypatch, tmp_path):
-    (tmp_path / "config.json").touch()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(tmp_path))
+@pytest.mark.parametrize("names", [["config.json", "vocab.txt"], ["config.json", "model.safetensors"]], ids=str)
+def test_a_model_that_is_cached_in_part_does_not_count_as_cached(cached, names):
+    cached(*names)
     assert find_model("auto").name == OFFLINE_MODEL
 
 
