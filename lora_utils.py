@@ -285,7 +285,7 @@ def find_model(model_name="auto", announce=True):
 def dtype_and_attention():
     """What this machine computes frozen weights in, and with which of transformers' attentions.
 
-    bfloat16 where the machine multiplies in it, half the memory of float32 and several times its speed; float32
+    bfloat16 where the machine multiplies in it, at half the memory of float32; float32
     elsewhere, and in doubt. On the CPU plain attention ("eager"), since the fused one has a very slow backward in
     bfloat16 there. This function is the only place that asks the machine.
 

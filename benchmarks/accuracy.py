@@ -1,6 +1,6 @@
 """Accuracy on SST-2 after training: one run a seed, one JSON line a run.
 
-    python benchmarks/accuracy.py --data ../shared/sst2 --targets query value --seeds 0 1 2
+    python benchmarks/accuracy.py --data folder --targets query value --seeds 0 1 2
 
 trains on all training phrases and evaluates on the 872 validation sentences. With --held-out it evaluates on 2,000
 whole training sentences instead, and trains on what is left without them and without any phrase of theirs: settings

@@ -5,6 +5,7 @@ python tests/run_notebook.py --in-place LoRA_implementation.ipynb  over the note
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,8 +68,10 @@ def main():
     args = parser.parse_args()
     report = []
     for notebook in args.notebooks:
-        target = notebook if args.in_place else ROOT / "outputs" / notebook.name
+        target = ROOT / "outputs" / notebook.name
         report += [f"\n{notebook}", *execute(notebook, target), f"executed notebook: {target}"]
+        if args.in_place:  # only one that ran to its end replaces the old one
+            shutil.copy(target, notebook)
     print("\n".join(report))
 
 

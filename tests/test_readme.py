@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,14 @@ def test_lora_beats_the_head_alone_by_what_the_lesson_claims():
     scores = {key[:3]: statistics.fmean(values) for key, values in results().items()}
     head, lora = scores["head", "['query', 'value']", 8], scores["lora", "['query', 'value']", 8]
     assert lora >= 86.5 and lora > head + 10 and scores["lora", "all-linear", 32] >= 88.5
+
+
+def test_nothing_stray_lies_at_the_top():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    top = {file.partition("/")[0] for file in files if file and not file.startswith(".")}
+    fixed = {"lora_utils.py", "requirements.txt", "README.md", "LICENSE", "Makefile", "pyproject.toml"}
+    notebooks = {"LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"}
+    assert fixed <= top <= fixed | notebooks | {"data", "tests", "benchmarks"}
 
 
 def test_every_file_that_the_readme_links_is_there():
