@@ -105,6 +105,8 @@ def run(args, data, seed):
     loss = train(model, loader, args.epochs, args.learning_rate, args.warmup)
     seconds = time.perf_counter() - start
     result = lora_utils.evaluate(model, lora_utils.make_loader(test_split, tokenizer, batch_size=64))
+    if args.adapters:
+        model.save_pretrained(Path(args.adapters) / ("held-out" if args.held_out else "validation") / str(seed))
     settings = {key: value for key, value in vars(args).items() if key in SETTINGS}
     return {
         "model": model.model_name,
@@ -201,6 +203,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out", action="store_true", help="evaluate on held-out training sentences")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "accuracy.jsonl"))
+    parser.add_argument("--adapters", help="a folder to save what was trained into, by seed")
     parser.add_argument("--summary", action="store_true", help="print the results file and run nothing")
     args = parser.parse_args()
     if args.targets == ["all-linear"]:
