@@ -4,7 +4,9 @@
 
 trains on all training phrases and evaluates on the 872 validation sentences. With --held-out it evaluates on 2,000
 whole training sentences instead, and trains on what is left without them and without any phrase of theirs: settings
-are chosen there, never on the 872. Each line holds seed, settings, commit and the label given to every sentence.
+are chosen there, never on the 872. With --both it holds out 2,000 training phrases, those of some two hundred whole
+sentences, trains on all others, and evaluates on the 872 and on the 2,000, one line each.
+Each line holds seed, settings, commit and the label given to every sentence.
 `--summary` prints the lines of a results file, one row a setting, and draws those on the validation sentences.
 """
 
@@ -15,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -33,11 +36,13 @@ SETTINGS = {
 }
 
 
-def hold_out(train, number=HELD_OUT, seed=0):
-    """Split training phrases: (the rest, `number` whole sentences of which no phrase is left in the rest).
+def hold_out(train, sentences=HELD_OUT, phrases=None, seed=0):
+    """Split training phrases: (the rest, whole sentences of which no phrase is left in the rest).
 
     A whole sentence is a phrase that is part of no other. SST-2's training phrases are parts of its training
     sentences, so phrases drawn at random would have been seen, in other cuts, in training.
+    With `phrases`, as many sentences are drawn as make that many phrases, and the phrases are held out, not the
+    sentences alone: then almost all of the training set is left.
     """
     words = [tuple(sentence.split()) for sentence in train["sentence"]]
     longest_first = sorted(range(len(words)), key=lambda i: -len(words[i]))
@@ -47,10 +52,16 @@ def hold_out(train, number=HELD_OUT, seed=0):
             whole.append(i)
             parts.update(parts_of(words[i]))
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-    chosen = [whole[i] for i in order[:number]]
-    seen = set().union(*(parts_of(words[i]) for i in chosen))
+    copies, seen, number = Counter(words), set(), 0
+    for drawn, i in enumerate(order):
+        if number >= phrases if phrases else drawn == sentences:
+            break
+        new = parts_of(words[whole[i]]) - seen
+        seen |= new
+        number += sum(copies[part] for part in new)
+    held_out = [i for i in range(len(words)) if words[i] in seen] if phrases else [whole[i] for i in order[:drawn]]
     rest = [i for i in range(len(words)) if words[i] not in seen]
-    return train.select(rest), train.select(chosen)
+    return train.select(rest), train.select(held_out[: phrases or sentences])
 
 
 def parts_of(words):
@@ -95,37 +106,47 @@ def train(model, loader, epochs, learning_rate, warmup):
     return statistics.fmean(losses[-100:])
 
 
-def run(args, data, seed):
-    """Train and evaluate once; returns what becomes a JSON line."""
-    train_split, test_split = hold_out(data["train"]) if args.held_out else (data["train"], data["validation"])
+def split(args, data):
+    """(what to train on, {its name: what to evaluate on})."""
+    if args.held_out:
+        rest, held_out = hold_out(data["train"])
+        return rest, {"held-out training sentences": held_out}
+    if args.both:
+        rest, held_out = hold_out(data["train"], phrases=HELD_OUT)
+        return rest, {"validation": data["validation"], "held-out training phrases": held_out}
+    return data["train"], {"validation": data["validation"]}
+
+
+def run(args, train_split, tests, seed):
+    """Train once and evaluate; yields what becomes a JSON line for each set of sentences."""
     tokenizer = AutoTokenizer.from_pretrained(lora_utils.find_model(args.model, announce=False).folder)
     model = build_model(args, seed).to("cuda" if torch.cuda.is_available() else "cpu")
     loader = lora_utils.make_loader(train_split, tokenizer, args.batch_size, shuffle=True, seed=seed)
     start = time.perf_counter()
     loss = train(model, loader, args.epochs, args.learning_rate, args.warmup)
     seconds = time.perf_counter() - start
-    result = lora_utils.evaluate(model, lora_utils.make_loader(test_split, tokenizer, batch_size=64))
     if args.adapters:
-        model.save_pretrained(Path(args.adapters) / ("held-out" if args.held_out else "validation") / str(seed))
-    settings = {key: value for key, value in vars(args).items() if key in SETTINGS}
-    return {
-        "model": model.model_name,
-        "data": train_split.info.dataset_name,
-        "evaluated_on": "held-out training sentences" if args.held_out else "validation",
-        "settings": settings,
-        "seed": seed,
-        "trained_on": len(train_split),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "train_loss": round(loss, 4),
-        "accuracy": result.accuracy,
-        "low": result.low,
-        "high": result.high,
-        "n": result.n,
-        "loss": round(result.loss, 4),
-        "train_seconds": round(seconds, 1),
-        "machine": machine(model),
-        "predictions": "".join(map(str, result.predictions)),
-    }
+        model.save_pretrained(Path(args.adapters) / str(seed))
+    for evaluated_on, test_split in tests.items():
+        result = lora_utils.evaluate(model, lora_utils.make_loader(test_split, tokenizer, batch_size=64))
+        yield {
+            "model": model.model_name,
+            "data": train_split.info.dataset_name,
+            "evaluated_on": evaluated_on,
+            "settings": {key: value for key, value in vars(args).items() if key in SETTINGS},
+            "seed": seed,
+            "trained_on": len(train_split),
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "train_loss": round(loss, 4),
+            "accuracy": result.accuracy,
+            "low": result.low,
+            "high": result.high,
+            "n": result.n,
+            "loss": round(result.loss, 4),
+            "train_seconds": round(seconds, 1),
+            "machine": machine(model),
+            "predictions": "".join(map(str, result.predictions)),
+        }
 
 
 def commit():
@@ -202,6 +223,7 @@ def main():
     parser.add_argument("--warmup", type=float, default=0.06, help="share of the steps with a rising learning rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out", action="store_true", help="evaluate on held-out training sentences")
+    parser.add_argument("--both", action="store_true", help="evaluate on validation and on held-out training phrases")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "accuracy.jsonl"))
     parser.add_argument("--adapters", help="a folder to save what was trained into, by seed")
     parser.add_argument("--summary", action="store_true", help="print the results file and run nothing")
@@ -210,14 +232,14 @@ def main():
         args.targets = "all-linear"
     if args.summary:
         return summarise(args.out)
-    data = lora_utils.load_sst2(args.data)
+    train_split, tests = split(args, lora_utils.load_sst2(args.data))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     at_commit = commit()
     for seed in args.seeds:
-        line = run(args, data, seed) | {"commit": at_commit}
-        with open(args.out, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps({key: value for key, value in line.items() if key != "predictions"}), flush=True)
+        for line in run(args, train_split, tests, seed):
+            with open(args.out, "a") as file:
+                file.write(json.dumps(line | {"commit": at_commit}) + "\n")
+            print(json.dumps({key: value for key, value in line.items() if key != "predictions"}), flush=True)
 
 
 if __name__ == "__main__":
