@@ -1,9 +1,10 @@
 """LoRA for BERT, in one file that is read from top to bottom.
 
-1. Layers      `LoRALayer`: a frozen linear layer with a trained low-rank update beside it
-2. Models      `LoRABertModel`: a BERT classifier whose chosen linear layers are `LoRALayer`s
-3. Data        SST-2 from the hub, a folder or the offline set; batches of sentences of like length
-4. Measuring   accuracy with its interval
+1. Quantisation   integers of a few bits with scales, packed; frozen weights in 4 or 8 bits
+2. Layers         `LoRALayer`: a frozen linear layer with a trained low-rank update beside it; `QuantizedLoRALayer`
+3. Models         `LoRABertModel`, `qLoRABertModel`: a BERT classifier whose chosen linear layers are such layers
+4. Data           SST-2 from the hub, a folder or the offline set; batches of sentences of like length
+5. Measuring      accuracy with its interval; every byte that a model holds
 
 Each part uses only the parts above it. The training loop is not here: it stands in the notebooks.
 """
@@ -15,6 +16,7 @@ import copy
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -28,6 +30,7 @@ import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
@@ -35,7 +38,295 @@ from transformers import AutoConfig, BertForSequenceClassification, DataCollator
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 # --------------------------------------------------------------------------------------------------
-# 1. Layers
+# 1. Quantisation
+# --------------------------------------------------------------------------------------------------
+
+
+def check_bits(name, bits, allowed):
+    """Refuse a bit-width that is not one of `allowed`; None is one where it says so."""
+    if bits not in allowed or isinstance(bits, (bool, float)):
+        raise ValueError(f"{name} is {bits!r}: allowed are {', '.join(map(str, allowed))}")
+
+
+def check_finite(what, tensor):
+    """Refuse what cannot be quantised: one NaN or infinity would spoil every value that shares its scale."""
+    bad = tensor.numel() - int(tensor.isfinite().sum())
+    if bad:
+        raise ValueError(
+            f"{what} holds {bad} of {tensor.numel()} values that are not finite: mend it before quantising"
+        )
+
+
+def quantize(x, bits):
+    """Round the rows of a matrix to integers of a few bits, with one scale a row.
+
+        x ≈ scale · (q + ½)        q in -2^(bits-1) .. 2^(bits-1) - 1
+
+    Args:
+        x: (rows, n), finite. A is given as it is, B transposed: one scale for each rank.
+        bits: 2 to 8.
+
+    Returns:
+        q, int8 (rows, n), and scale, float32 (rows, 1). A row of zeros gets the scale 0, and decodes to zeros.
+
+    The half-step grid has a level for each integer and is the same on both sides; a grid with a zero would leave one of
+    2^bits unused: at 2 bits a quarter of them. The largest value need not be reached: of ten clipping points, tenths of
+    it, the one of least squared error is taken, and then the scale that fits the integers best. The scale is rounded to
+    16 binary digits, so that scale · (q + ½) is exact, and rounding what was rounded changes nothing.
+
+    Source: Gersho and Gray 1992, "Vector Quantization and Signal Compression", section 5.3 (mid-rise quantiser);
+    Sung et al. 2015, "Resiliency of Deep Neural Networks under Quantization" (the step of least squared error).
+    """
+    top = 2 ** (bits - 1) - 0.5  # the largest level, in steps
+    x = x.detach().float()
+    largest = x.abs().amax(-1, keepdim=True)
+    unit = x / largest.where(largest > 0, 1)
+    steps = torch.arange(10, 0, -1, device=x.device).view(-1, 1, 1) / (10 * top)
+    levels = (unit / steps).floor().add(0.5).clamp(-top, top)  # (10, rows, n)
+    best = (levels * steps - unit).square().sum(-1).argmin(0)  # (rows,)
+    levels = levels[best, torch.arange(len(x), device=x.device)]
+    step = (unit * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
+    scale = (largest * step).clamp(max=torch.finfo(torch.float32).max / (top + 0.01))
+    scale = scale.view(torch.int32).add(0x80).bitwise_and(~0xFF).view(torch.float32)
+    q = (levels - 0.5).where(scale > 0, 0)
+    return q.to(torch.int8), scale
+
+
+def dequantize(q, scale):
+    """scale · (q + ½), float32: what the integers of `quantize` stand for."""
+    return scale * (q.float() + 0.5)
+
+
+def pack(q, bits):
+    """Signed integers of `bits` bits, n in all, to ceil(n · bits / 8) bytes; the first one in the highest bits."""
+    shifts = torch.arange(bits - 1, -1, -1, device=q.device)
+    ones = (q.reshape(-1, 1).int() + 2 ** (bits - 1)) >> shifts & 1
+    ones = F.pad(ones.flatten(), (0, -ones.numel() % 8)).view(-1, 8)
+    return (ones << torch.arange(7, -1, -1, device=q.device)).sum(-1).to(torch.uint8)
+
+
+def unpack(packed, bits, shape):
+    """The integers that `pack` took, int8, in their shape."""
+    number = math.prod(shape)
+    ones = packed.view(-1, 1).int() >> torch.arange(7, -1, -1, device=packed.device) & 1
+    ones = ones.flatten()[: number * bits].view(number, bits)
+    q = (ones << torch.arange(bits - 1, -1, -1, device=packed.device)).sum(-1) - 2 ** (bits - 1)
+    return q.to(torch.int8).view(shape)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """What a matrix decodes to after `quantize`, with the gradient of the identity: the straight-through estimator.
+
+    The staircase has no slope where it has a gradient at all, so nothing would learn through it. Source: Bengio,
+    Léonard and Courville 2013, "Estimating or Propagating Gradients Through Stochastic Neurons", section 4.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bits):
+        return dequantize(*quantize(x, bits))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def quantize_together(A, B, bits):
+    """Round a trained A (rank, in) and B (out, rank) so that their product, not each for itself, stays.
+
+    Where two ranks do alike, one can make up for the rounding of the other. Rank after rank is rounded, and what its
+    rounding lost is taken up by the ranks to come, as far as least squares lets them: first in B, then in A, which
+    starts from the A that fits the rounded B best.
+
+    Returns:
+        A and B on the grid of `quantize`: what rounding them gives is what they are.
+
+    Source: Frantar et al. 2022, "GPTQ", section 3, for a weight and its inputs; here the one factor is the other's.
+    """
+
+    def rounded(rows, gram):
+        """Rows rounded so that the error E has a small trace(Eᵀ gram E)."""
+        rows, to_come = rows.clone(), gram.diagonal().argsort(descending=True).tolist()
+        while to_come:
+            i = to_come.pop(0)
+            exact, rows[i] = rows[i].clone(), dequantize(*quantize(rows[i : i + 1], bits))[0]
+            if to_come:
+                inverse = torch.linalg.pinv(gram[to_come][:, to_come], hermitian=True)
+                rows[to_come] += inverse @ gram[to_come, i : i + 1] * (exact - rows[i])
+        return rows
+
+    A, B = A.detach().float(), B.detach().float()
+    new_B = rounded(B.T, A @ A.T).T
+    gram = new_B.T @ new_B
+    fitting = torch.linalg.pinv(gram, hermitian=True) @ new_B.T @ B @ A
+    used = gram.diagonal()[:, None] > 0  # a rank of B that is zero keeps its A, to be trained from
+    return rounded(fitting.where(used, A), gram), new_B
+
+
+# NF4, a 4-bit code whose levels lie as the quantiles of a normal distribution do. Source: bitsandbytes, functional.py.
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+NF4 = torch.tensor(NF4)
+NF4_PAIRS = torch.cartesian_prod(NF4, NF4).view(torch.int64).flatten()  # a byte's two values, as 8 bytes
+# The 8-bit code of NF4's own scales: fractions of seven sizes. Source: Dettmers 2015, "8-Bit Approximations for
+# Parallelism in Deep Learning", as in bitsandbytes, functional.py, create_dynamic_map.
+EDGES = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
+DYNAMIC = torch.cat([10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2 for i, edges in enumerate(EDGES)])
+DYNAMIC = torch.cat([DYNAMIC, -DYNAMIC, torch.tensor([0.0, 1.0])]).sort().values
+
+
+def nearest(values, code):
+    """The index of the nearest of the sorted values of a code; of two, the lower."""
+    return torch.bucketize(values, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+class QuantizedWeight(nn.Module):
+    """A frozen matrix as packed codes, with the scales to decode them.
+
+    bits 8: int8, one scale a row: W ≈ q · absmax / 127.
+    bits 4: NF4 in blocks of 64 along the rows, one scale a block: W ≈ code · absmax. The scales are themselves
+    8-bit codes, in blocks of 256, around their mean ("double quantisation"): 4.127 bits a weight instead of 4.5.
+
+    All buffers are integers: float32 numbers are kept as the int32 of the same bits, which a change of
+    the model's dtype leaves alone.
+
+    Source: Dettmers et al. 2022, "LLM.int8()", section 2 (vector-wise); Dettmers et al. 2023, "QLoRA", section 3;
+    bytes and float32 values are those of bitsandbytes (`tests/test_quantization.py`).
+    """
+
+    BLOCK, BLOCKS_OF_SCALES, CHUNK = 64, 256, 2**20
+
+    def __init__(self, weight, bits):
+        check_bits("bits", bits, (4, 8))
+        check_finite("the weight", weight)
+        super().__init__()
+        self.bits, self.shape = bits, tuple(weight.shape)
+        weight = weight.detach()
+        if bits == 8:
+            absmax = weight.abs().amax(1, keepdim=True).float()
+            codes = (weight.float() * (127.0 / absmax.where(absmax > 0, 1))).round().to(torch.int8)
+            packed = {"codes": codes, "absmax": absmax.view(torch.int32)}
+        else:
+            packed = self._to_nf4(weight)
+        for name, tensor in packed.items():
+            self.register_buffer(name, tensor, persistent=name not in ("pairs", "dynamic"))
+
+    def _to_nf4(self, weight):
+        codes, scales = [], []
+        for part in weight.reshape(-1).split(self.CHUNK):  # so that no float copy of a large weight is ever whole
+            blocks = F.pad(part.float(), (0, -len(part) % self.BLOCK)).view(-1, self.BLOCK)
+            absmax = blocks.abs().amax(1, keepdim=True)
+            code = nearest((blocks * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1), NF4.to(weight.device))
+            code = code.flatten()[: len(part) + len(part) % 2].view(-1, 2)
+            codes.append(code[:, 0] << 4 | code[:, 1])
+            scales.append(absmax.flatten())
+        scales = torch.cat(scales)
+        offset = scales.mean()
+        blocks = F.pad(scales - offset, (0, -len(scales) % self.BLOCKS_OF_SCALES)).view(-1, self.BLOCKS_OF_SCALES)
+        absmax = blocks.abs().amax(1, keepdim=True)
+        dynamic = DYNAMIC.to(weight.device)
+        scale_codes = nearest(blocks * (1 / absmax.clamp(min=1e-38)), dynamic).flatten()[: len(scales)]
+        return {
+            "codes": torch.cat(codes),
+            "scale_codes": scale_codes,
+            "absmax": absmax.flatten().view(torch.int32),
+            "offset": offset.view(1).view(torch.int32),
+            "pairs": NF4_PAIRS.to(weight.device),
+            "dynamic": dynamic.view(torch.int32),
+        }
+
+    def _scales(self, blocks):
+        """The scales of the NF4 blocks with these numbers, float32."""
+        code = self.dynamic.view(torch.float32)[self.scale_codes[blocks].int()]
+        return code * self.absmax.view(torch.float32)[blocks // self.BLOCKS_OF_SCALES] + self.offset.view(torch.float32)
+
+    def _nf4(self, codes, blocks, dtype):
+        """The values, in one row, of bytes that are these blocks."""
+        pairs = self.pairs if dtype == torch.float32 else self.pairs.view(torch.float32).to(dtype).view(torch.int32)
+        values = pairs.index_select(0, codes.flatten().int()).view(dtype)  # two values a byte, looked up at once
+        values = F.pad(values, (0, len(blocks) * self.BLOCK - len(values))).view(-1, self.BLOCK)
+        return (values * self._scales(blocks).to(dtype)[:, None]).flatten()
+
+    def _int8(self, codes, absmax, dtype):
+        absmax = absmax.view(torch.float32)
+        if dtype == torch.float32:
+            return codes * absmax * (1 / 127)  # in bitsandbytes' order, to the bit
+        return codes.to(dtype) * (absmax / 127).to(dtype)
+
+    def dequantize(self, dtype=torch.float32):
+        """The matrix that the codes stand for: exact in float32, rounded on the way in a 16-bit dtype."""
+        wide = dtype if dtype.itemsize == 2 else torch.float32
+        if self.bits == 8:
+            return self._int8(self.codes, self.absmax, wide).to(dtype)
+        values = self._nf4(self.codes, torch.arange(len(self.scale_codes), device=self.codes.device), wide)
+        return values[: math.prod(self.shape)].view(self.shape).to(dtype)
+
+    def extra_repr(self):
+        return f"{self.shape}, {'NF4' if self.bits == 4 else 'int8'}"
+
+
+class QuantizedLinear(QuantizedWeight):
+    """A frozen linear layer whose weight is packed codes; it stands wherever a frozen `nn.Linear` does.
+
+    The weight is decoded for the product and forgotten. Nothing is kept for backward but the codes, which are there
+    anyway: backward decodes them again.
+
+    Args:
+        linear: the layer to quantise. Its bias is kept, and frozen.
+        bits: 8 (int8 by row) or 4 (NF4).
+
+    Shapes: x (..., in) to y (..., out), in the dtype of x.
+
+    Raises:
+        ValueError: for other bits, and for a weight with values that are not finite.
+    """
+
+    def __init__(self, linear, bits):
+        super().__init__(linear.weight, bits)
+        self.out_features, self.in_features = self.shape
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x):
+        return DecodeAndMultiply.apply(x, self)
+
+
+class DecodeAndMultiply(torch.autograd.Function):
+    """y = x Wᵀ + b with a frozen W that is decoded when it is needed, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, layer.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.layer.dequantize(gradient.dtype) if ctx.needs_input_grad[0] else None, None
+
+
+class QuantizedEmbedding(QuantizedWeight):
+    """A frozen embedding whose rows are packed codes; only the rows that are looked up are decoded.
+
+    A row is whole blocks of NF4 where its width is a multiple of 64; other widths take int8, whatever `bits` says.
+    Its rows come out in `dtype`.
+    """
+
+    def __init__(self, embedding, bits, dtype):
+        super().__init__(embedding.weight, bits if embedding.embedding_dim % self.BLOCK == 0 else 8)
+        self.dtype = dtype
+
+    def forward(self, ids):
+        rows, width = ids.flatten(), self.shape[1]
+        if self.bits == 8:
+            found = self._int8(self.codes[rows], self.absmax[rows], self.dtype)
+        else:
+            blocks = rows[:, None] * (width // self.BLOCK) + torch.arange(width // self.BLOCK, device=rows.device)
+            found = self._nf4(self.codes.view(self.shape[0], -1)[rows], blocks.flatten(), self.dtype)
+        return found.view(*ids.shape, width)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Layers
 # --------------------------------------------------------------------------------------------------
 
 
@@ -48,7 +339,7 @@ class LoRALayer(nn.Module):
     as its base. Both are float32 parameters; the update is computed in the dtype that the base computes in.
 
     Args:
-        base: the linear layer to adapt. It is frozen, and kept, not copied.
+        base: the linear layer to adapt, float or quantised. It is frozen, and kept, not copied.
         rank: how many rows A has, from 1 to the smaller side of the base.
         alpha: the update is scaled by alpha / rank, so that a change of rank asks for no new learning rate.
         dropout: the probability with which an input of the update (not of the base) is zeroed in training.
@@ -73,7 +364,7 @@ class LoRALayer(nn.Module):
             raise ValueError(f"alpha is {alpha!r}: it must be a finite number above 0, such as 16")
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}: it must be a number from 0 up to, but below, 1")
-        if not isinstance(base, nn.Linear):
+        if not isinstance(base, (nn.Linear, QuantizedLinear)):
             raise ValueError(f"base is a {type(base).__name__}: LoRALayer wraps a linear layer that is not wrapped yet")
         if rank > min(base.in_features, base.out_features):
             raise ValueError(
@@ -86,7 +377,8 @@ class LoRALayer(nn.Module):
         self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
         self.dropout = nn.Dropout(dropout)
 
-        options = {"dtype": torch.float32, "device": base.weight.device}
+        device = next(itertools.chain(base.parameters(), base.buffers())).device
+        options = {"dtype": torch.float32, "device": device}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **options))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -124,7 +416,12 @@ class LoRALayer(nn.Module):
         The old weight is kept aside, one more copy of it while merged, so that `unmerge` gives it back to the bit.
         The sum is computed in float32 and stored in the base's dtype: a bf16 base rounds it, which loses what is
         small beside the weight. A merged layer's A and B get no gradient. Merging twice changes nothing.
+
+        Raises:
+            ValueError: for a quantised base, which would be quantised again, and lose most of the update.
         """
+        if isinstance(self.base, QuantizedLinear):
+            raise ValueError("the base is quantised, and cannot take an update in: use the model's merge_and_unload()")
         if not self.merged:
             weight = self.base.weight
             self.unmerged_weight = weight.detach().clone()
@@ -150,8 +447,81 @@ def _unmerge_before_loading(layer, *args):
     layer.unmerge()
 
 
+class QuantizedLoRALayer(LoRALayer):
+    """A `LoRALayer` whose A and B are integers of a few bits with a scale for each rank: q-LoRA.
+
+        y = base(x) + scaling · dropout(x) Âᵀ B̂ᵀ        Â, B̂: A and B as `quantize` rounds them
+
+    In training A and B are float32, and are seen through the rounding; the gradient passes straight through it.
+    `pack` drops them and leaves the integers, bits-wide and without gaps, and the scales; `unpack` makes them
+    float32 and trainable again. How the base is stored makes no difference here.
+
+    Args:
+        base, rank, alpha, dropout, use_rslora: as for `LoRALayer`.
+        bits: of each number of A and B, 2 to 8.
+
+    Raises:
+        ValueError: as `LoRALayer`, and for other bits.
+    """
+
+    PACKED = ("A_codes", "A_scales", "B_codes", "B_scales")
+
+    def __init__(self, base, rank=8, alpha=16.0, dropout=0.0, use_rslora=False, bits=8):
+        check_bits("bits", bits, range(2, 9))
+        super().__init__(base, rank, alpha, dropout, use_rslora)
+        self.bits = bits
+        for name in self.PACKED:
+            self.register_buffer(name, None)
+
+    def low_rank(self):
+        """A (rank, in) and B (out, rank) as their integers decode, with the gradient of A and B themselves."""
+        if self.packed:
+            return self._decoded("A", self.base.in_features), self._decoded("B", self.base.out_features).T
+        return FakeQuantize.apply(self.lora_A, self.bits), FakeQuantize.apply(self.lora_B.T, self.bits).T
+
+    def _decoded(self, name, width):
+        codes, scales = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales").view(torch.float32)
+        return dequantize(unpack(codes, self.bits, (self.rank, width)), scales[:, None])
+
+    @property
+    def packed(self):
+        return self.lora_A is None
+
+    def codes(self):
+        """{name: tensor} of what `pack` keeps: packed integers (uint8), and the float32 scales as int32.
+
+        Raises:
+            ValueError: if A or B holds values that are not finite.
+        """
+        if self.packed:
+            return {name: getattr(self, name) for name in self.PACKED}
+        codes = {}
+        for name, rows in (("A", self.lora_A), ("B", self.lora_B.T)):
+            check_finite(f"lora_{name}", rows)
+            q, scale = quantize(rows, self.bits)
+            codes[f"{name}_codes"], codes[f"{name}_scales"] = pack(q, self.bits), scale.flatten().view(torch.int32)
+        return codes
+
+    def pack(self):
+        """Keep the integers and scales alone: ceil(n · bits / 8) bytes a matrix, and 4 a rank. They get no gradient."""
+        for name, tensor in self.codes().items():
+            setattr(self, name, tensor)
+        self.lora_A = self.lora_B = None
+
+    def unpack(self):
+        """Make A and B float32 parameters again, of the values that the integers stand for."""
+        if self.packed:
+            A, B = self.low_rank()
+            for name in self.PACKED:
+                setattr(self, name, None)
+            self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B.contiguous())
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, bits={self.bits}, packed={self.packed}"
+
+
 # --------------------------------------------------------------------------------------------------
-# 2. Models
+# 3. Models
 # --------------------------------------------------------------------------------------------------
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
@@ -354,6 +724,8 @@ class LoRABertModel(nn.Module):
     Source: Hu et al. 2021, sections 4.2 (which weights to adapt) and 5.
     """
 
+    base_bits = None  # the frozen weights as they are
+
     def __init__(
         self,
         model_name,
@@ -375,19 +747,21 @@ class LoRABertModel(nn.Module):
         self.lora_arguments = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
         self.checkpoint_config = read_bert_config(checkpoint, num_labels)
 
+        config = copy.deepcopy(self.checkpoint_config)
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+        config.classifier_dropout = None
+        best_dtype, config._attn_implementation = dtype_and_attention()
         with torch.device("meta"):  # shapes alone, to refuse a wrong target or rank before any weights are loaded
-            skeleton = BertForSequenceClassification(self.checkpoint_config)
-        linear = {name: layer for name, layer in skeleton.named_modules() if isinstance(layer, nn.Linear)}
+            self.model = BertForSequenceClassification(config)
+        linear = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear)}
         del linear[HEAD]
         targets = match_targets(linear, target_modules)
         for name in targets:
             self.wrap(linear[name])
 
-        self.model = load_frozen_bert(checkpoint, self.checkpoint_config, dtype)
+        load_frozen(self.model, checkpoint, dtype or best_dtype, self.base_bits)
         for name in targets:
-            parent, _, child = name.rpartition(".")
-            parent = self.model.get_submodule(parent)
-            setattr(parent, child, self.wrap(getattr(parent, child)))
+            set_module(self.model, name, self.wrap(self.model.get_submodule(name)))
         self.model.classifier.float().requires_grad_(True)
 
     def wrap(self, linear):
@@ -414,9 +788,13 @@ class LoRABertModel(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def print_trainable_parameters(self):
-        """Print how many parameters are trained, of how many, and the percentage; the head is counted once."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        trained, total = sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+        """Print how many parameters are trained, of how many, and the percentage.
+
+        The head is counted once; of a quantised weight the numbers that it stands for, not its bytes.
+        """
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        total += sum(math.prod(m.shape) for m in self.modules() if isinstance(m, QuantizedWeight))
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
     def adapter_state(self):
@@ -435,8 +813,6 @@ class LoRABertModel(nn.Module):
         `PeftModel.from_pretrained(bert, folder)` reads them, and so does `from_pretrained` below. Both files are
         written beside their names and then renamed, so no file is ever half-written.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         arguments, targets = self.lora_arguments, self.target_modules
         config = {
             "peft_type": "LORA",
@@ -448,13 +824,8 @@ class LoRABertModel(nn.Module):
             "use_rslora": arguments["use_rslora"],
             "target_modules": targets if isinstance(targets, str) else list(targets),
         }
-        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.adapter_state().items()}
-        files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
-        parts = [file.with_name(f"{file.name}.part") for file in files]
-        parts[0].write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, parts[1], metadata={"format": "pt"})
-        for part, file in zip(parts, files, strict=True):
-            part.replace(file)
+        tensors = {name: tensor.detach().float() for name, tensor in self.adapter_state().items()}
+        write_adapter(Path(folder), PEFT_FILES, config, tensors)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
@@ -463,19 +834,12 @@ class LoRABertModel(nn.Module):
         Raises:
             ValueError: for a folder without an adapter, one that is not LoRA, and one whose tensors do not fit.
         """
-        folder = Path(folder)
-        config_file, tensors_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-        for file in (config_file, tensors_file):
-            if not file.is_file():
-                raise ValueError(f"no {file.name} in {folder}: it must be a folder that save_pretrained wrote")
-        config, tensors = json.loads(config_file.read_text()), load_file(tensors_file)
+        config, tensors = read_adapter(Path(folder), PEFT_FILES)
         if config.get("peft_type") != "LORA":
-            raise ValueError(f"{config_file} has the peft_type {config.get('peft_type')!r}: only LORA can be loaded")
+            raise ValueError(f"{folder} has the peft_type {config.get('peft_type')!r}: only LORA can be loaded")
         for option in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias"):
             if config.get(option):
-                raise ValueError(
-                    f"{config_file} sets {option} to {config[option]!r}, which LoRABertModel does not have"
-                )
+                raise ValueError(f"{folder} sets {option} to {config[option]!r}, which LoRABertModel does not have")
         head_bias = tensors.get(f"base_model.model.{HEAD}.bias", ())
         model = cls(
             config["base_model_name_or_path"],
@@ -487,14 +851,7 @@ class LoRABertModel(nn.Module):
             dtype=dtype,
             use_rslora=config.get("use_rslora", False),
         )
-        own = model.adapter_state()
-        expected, found = ({(name, t.shape, t.is_floating_point()) for name, t in s.items()} for s in (own, tensors))
-        if expected != found:
-            odd = sorted({name for name, *_ in expected ^ found})
-            raise ValueError(f"{tensors_file} does not fit its config at {len(odd)} tensors, such as {odd[0]}")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        copy_tensors(model.adapter_state(), tensors, folder)
         return model.eval()
 
     @torch.no_grad()
@@ -504,17 +861,150 @@ class LoRABertModel(nn.Module):
         The stored base in float32 plus the update computed in float32, whatever is merged here: a small update
         added in bf16 would be lost. A base stored in bf16 keeps its rounding; load with dtype=torch.float32 to
         merge into the checkpoint's own weights. Its dropout settings are restored. This model is left as it is.
+
+        A quantised base is decoded. To quantise the result again loses most of a small update: one of 2 % of the
+        weight's norm keeps 2 % of itself in NF4, one of 10 % keeps 84 %. Merge into a float base, quantise that once.
         """
-        state = {
-            name.replace(".base.", "."): tensor.float()
+        weights = {
+            name: tensor.float()
             for name, tensor in self.model.state_dict().items()
-            if ".lora_" not in name
+            if name.endswith((".weight", ".bias"))
         }
+        for name, module in self.model.named_modules():
+            if isinstance(module, QuantizedWeight):
+                weights[f"{name}.weight"] = module.dequantize()
+        weights = {name.replace(".base.", "."): tensor for name, tensor in weights.items()}
         for name, layer in self.lora_layers().items():
-            state[f"{name}.weight"] = state[f"{name}.weight"] + layer.delta_weight()
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.delta_weight()
         plain = BertForSequenceClassification(copy.deepcopy(self.checkpoint_config))
-        plain.load_state_dict(state)
+        plain.load_state_dict(weights)
         return plain.to(self.model.device).eval()
+
+
+class qLoRABertModel(LoRABertModel):
+    """A `LoRABertModel` whose A and B are integers of a few bits, and its frozen weights too, if you like.
+
+    Args:
+        bits: of each number of A and B, 2 to 8.
+        base_bits: None leaves the frozen weights as they are; 8 (int8 by row) or 4 (NF4, double quantised) quantises
+            every frozen linear layer but the head, and the embeddings.
+        others: as for `LoRABertModel`.
+
+    Raises:
+        ValueError: as `LoRABertModel`, and for other bits.
+
+    Source: of the quantised base Dettmers et al. 2023, "QLoRA", section 3; of the rest see `QuantizedLoRALayer`.
+    """
+
+    def __init__(
+        self,
+        model_name,
+        rank=8,
+        alpha=16.0,
+        dropout=0.0,
+        bits=8,
+        base_bits=None,
+        target_modules=("query", "value"),
+        num_labels=2,
+        dtype=None,
+        use_rslora=False,
+    ):
+        check_bits("bits", bits, range(2, 9))
+        check_bits("base_bits", base_bits, (None, 8, 4))
+        self.bits, self.base_bits = bits, base_bits
+        super().__init__(model_name, rank, alpha, dropout, target_modules, num_labels, dtype, use_rslora)
+
+    def wrap(self, linear):
+        return QuantizedLoRALayer(linear, bits=self.bits, **self.lora_arguments)
+
+    def pack(self):
+        """Keep of every A and B its integers and scales alone (see `QuantizedLoRALayer.pack`)."""
+        for layer in self.lora_layers().values():
+            layer.codes()  # refuses what is not finite before any layer is changed
+        for layer in self.lora_layers().values():
+            layer.pack()
+
+    def unpack(self):
+        """Make every A and B trainable again."""
+        for layer in self.lora_layers().values():
+            layer.unpack()
+
+    def packed_state(self):
+        """{name: tensor} of the adapter as it is saved: integers, float32 scales, and the head."""
+        state = {}
+        for name, layer in self.lora_layers().items():
+            for part, tensor in layer.codes().items():
+                state[f"{name}.{part}"] = tensor if part.endswith("codes") else tensor.view(torch.float32)
+        return state | dict(self.model.classifier.named_parameters(HEAD))
+
+    def save_pretrained(self, folder, peft=False):
+        """Write integers, scales and the head: `quantized_config.json` and `adapter_quantized.safetensors`.
+
+        With `peft` also PEFT's two files, with A and B as they decode. Packed or not, the model stays as it is.
+        """
+        config = {
+            "base_model_name_or_path": self.model_name,
+            "bits": self.bits,
+            "base_bits": self.base_bits,
+            "target_modules": self.target_modules,
+            "num_labels": self.model.config.num_labels,
+            **self.lora_arguments,
+        }
+        write_adapter(Path(folder), QUANTIZED_FILES, config, self.packed_state())
+        if peft:
+            super().save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None):
+        """The model whose adapter `save_pretrained` wrote, packed, ready to evaluate; `unpack` makes it trainable.
+
+        Raises:
+            ValueError: for a folder without a quantised adapter, and one whose tensors do not fit its config.
+        """
+        config, tensors = read_adapter(Path(folder), QUANTIZED_FILES)
+        model = cls(config.pop("base_model_name_or_path"), dtype=dtype, **config)
+        model.pack()
+        copy_tensors(model.packed_state(), tensors, folder)
+        return model.eval()
+
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+QUANTIZED_FILES = (
+    "quantized_config.json",
+    "adapter_quantized.safetensors",
+)  # names that PEFT does not take for its own
+
+
+def write_adapter(folder, names, config, tensors):
+    """Write both files beside their names, and only then rename them: neither is ever half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [folder / f"{name}.part" for name in names]
+    parts[0].write_text(json.dumps(config, indent=2) + "\n")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, parts[1], metadata={"format": "pt"})
+    for part, name in zip(parts, names, strict=True):
+        part.replace(folder / name)
+
+
+def read_adapter(folder, names):
+    """The config and the tensors of an adapter's folder."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"no {name} in {folder}: it must be a folder that save_pretrained wrote")
+    return json.loads((folder / names[0]).read_text()), load_file(folder / names[1])
+
+
+@torch.no_grad()
+def copy_tensors(own, tensors, folder):
+    """Copy a file's tensors into a model's, if they are the very same names, shapes and dtypes."""
+    expected, found = (
+        {(name, t.shape, t.dtype if not t.is_floating_point() else "float") for name, t in state.items()}
+        for state in (own, tensors)
+    )
+    if expected != found:
+        odd = sorted({name for name, *_ in expected ^ found})
+        raise ValueError(f"the file in {folder} does not fit its config at {len(odd)} tensors, such as {odd[0]}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
 
 
 def read_bert_config(checkpoint, num_labels):
@@ -531,28 +1021,60 @@ def read_bert_config(checkpoint, num_labels):
     return config
 
 
-def load_frozen_bert(checkpoint, config, dtype):
-    """The checkpoint's weights, frozen and without dropout, under a new head where it has none."""
-    best_dtype, attention = dtype_and_attention()
-    config = copy.deepcopy(config)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    config.classifier_dropout = None
-    with quiet():  # a new head is reported as a fault
-        model, report = BertForSequenceClassification.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            dtype=dtype or best_dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-        )
-    missing = [name for name in report["missing_keys"] if not name.startswith(HEAD)]
+def load_frozen(model, checkpoint, dtype, base_bits=None):
+    """Give a model without weights the checkpoint's, frozen, and a new head where it has none.
+
+    Tensor by tensor, each quantised or in `dtype` before the next is read, so that the checkpoint is never in memory
+    as a whole.
+    """
+    file = checkpoint.folder / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"no model.safetensors in the model folder {checkpoint.folder}: it must hold a BERT's weights")
+    with safe_open(file, "pt") as opened:
+        keys = {as_transformers_names_it(key): key for key in opened.keys()}  # noqa: SIM118
+    missing = [name for name, _ in model.named_parameters() if name not in keys and not name.startswith(HEAD)]
     if missing:
         raise ValueError(f"{checkpoint.name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}")
-    return model.requires_grad_(False)
+    positions = torch.arange(model.config.max_position_embeddings)[None]  # buffers that no file holds
+    model.bert.embeddings.position_ids, model.bert.embeddings.token_type_ids = positions, torch.zeros_like(positions)
+    for name, module in list(model.named_modules()):
+        quantized = base_bits and isinstance(module, (nn.Linear, nn.Embedding)) and name != HEAD
+        for kind, empty in list(module.named_parameters(recurse=False)):
+            if f"{name}.{kind}" in keys:
+                with safe_open(file, "pt") as opened:  # for each tensor, or what was read stays mapped
+                    tensor = opened.get_tensor(keys[f"{name}.{kind}"])
+                tensor = tensor if quantized and kind == "weight" else tensor.to(dtype)
+            else:
+                tensor = torch.zeros(empty.shape, dtype=dtype)
+                if kind == "weight":
+                    tensor.normal_(std=model.config.initializer_range)
+            if tensor.shape != empty.shape:
+                shapes = f"{tuple(tensor.shape)}, and {tuple(empty.shape)} is needed"
+                raise ValueError(f"{checkpoint.name} has {name}.{kind} of shape {shapes}")
+            setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
+        if quantized:
+            linear = isinstance(module, nn.Linear)
+            set_module(
+                model,
+                name,
+                QuantizedLinear(module, base_bits) if linear else QuantizedEmbedding(module, base_bits, dtype),
+            )
+
+
+def as_transformers_names_it(key):
+    """The name, in `BertForSequenceClassification`, of a tensor in a BERT's file: older files say gamma and beta."""
+    key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    return key if key.startswith(("bert.", f"{HEAD}.")) else f"bert.{key}"
+
+
+def set_module(model, name, module):
+    """Put a module in the place of the one with this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Data
+# 4. Data
 # --------------------------------------------------------------------------------------------------
 
 MOVIE_PHRASES = Path(__file__).parent / "data" / "movie_phrases"
@@ -689,7 +1211,7 @@ def make_loader(split, tokenizer, batch_size=32, shuffle=False, seed=0):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Measuring
+# 5. Measuring
 # --------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ import lora_utils  # noqa: E402  (the project is a folder, not a package)
 HELD_OUT = 2_000
 SETTINGS = {
     *("method", "rank", "alpha", "dropout", "backbone_dropout", "targets"),
-    *("learning_rate", "epochs", "batch_size", "warmup"),
+    *("learning_rate", "epochs", "batch_size", "warmup", "bits", "base_bits"),
 }
 
 
@@ -71,9 +71,11 @@ def parts_of(words):
 def build_model(args, seed):
     """The model to train, its new weights drawn under the seed. A method is a choice of what is trained."""
     torch.manual_seed(seed)
-    model = lora_utils.LoRABertModel(
-        args.model, rank=args.rank, alpha=args.alpha, dropout=args.dropout, target_modules=args.targets
-    )
+    options = {"rank": args.rank, "alpha": args.alpha, "dropout": args.dropout, "target_modules": args.targets}
+    if args.method == "qlora":
+        model = lora_utils.qLoRABertModel(args.model, bits=args.bits, base_bits=args.base_bits, **options)
+    else:
+        model = lora_utils.LoRABertModel(args.model, **options)
     if args.method == "head":  # A and B stay as they start, which is the model without them
         for layer in model.lora_layers().values():
             layer.requires_grad_(False)
@@ -211,7 +213,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--data", default="auto")
-    parser.add_argument("--method", choices=["lora", "head"], default="lora")
+    parser.add_argument("--method", choices=["lora", "qlora", "head"], default="lora")
+    parser.add_argument("--bits", type=int, help="of A and B, with --method qlora")
+    parser.add_argument("--base-bits", type=int, help="of the frozen weights, with --method qlora")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument("--dropout", type=float, default=0.0)
