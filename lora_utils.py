@@ -50,11 +50,9 @@ def check_bits(name, bits, allowed):
 
 def check_finite(what, tensor):
     """Refuse what cannot be quantised: one NaN or infinity would spoil every value that shares its scale."""
-    bad = tensor.numel() - int(tensor.isfinite().sum())
-    if bad:
-        raise ValueError(
-            f"{what} holds {bad} of {tensor.numel()} values that are not finite: mend it before quantising"
-        )
+    bad = tensor[~tensor.isfinite()]
+    if len(bad):
+        raise ValueError(f"{what} holds {bad[0].item()}: only finite numbers can be quantised")
 
 
 def quantize(x, bits):
@@ -86,7 +84,7 @@ def quantize(x, bits):
     best = (levels * steps - unit).square().sum(-1).argmin(0)  # (rows,)
     levels = levels[best, torch.arange(len(x), device=x.device)]
     step = (unit * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
-    scale = (largest * step).clamp(max=torch.finfo(torch.float32).max / (top + 0.01))
+    scale = (largest * step).clamp(max=(1 - 2**-15) * torch.finfo(torch.float32).max / top)  # or it would decode to inf
     scale = scale.view(torch.int32).add(0x80).bitwise_and(~0xFF).view(torch.float32)
     q = (levels - 0.5).where(scale > 0, 0)
     return q.to(torch.int8), scale
@@ -194,40 +192,47 @@ class QuantizedWeight(nn.Module):
     bytes and float32 values are those of bitsandbytes (`tests/test_quantization.py`).
     """
 
-    BLOCK, BLOCKS_OF_SCALES, CHUNK = 64, 256, 2**20
+    BLOCK, BLOCKS_OF_SCALES, PART = 64, 256, 2**20
 
     def __init__(self, weight, bits):
         check_bits("bits", bits, (4, 8))
-        check_finite("the weight", weight)
         super().__init__()
         self.bits, self.shape = bits, tuple(weight.shape)
-        weight = weight.detach()
-        if bits == 8:
-            absmax = weight.abs().amax(1, keepdim=True).float()
-            codes = (weight.float() * (127.0 / absmax.where(absmax > 0, 1))).round().to(torch.int8)
-            packed = {"codes": codes, "absmax": absmax.view(torch.int32)}
-        else:
-            packed = self._to_nf4(weight)
+        packed = (self._to_nf4 if bits == 4 else self._to_int8)(weight.detach())
         for name, tensor in packed.items():
             self.register_buffer(name, tensor, persistent=name not in ("pairs", "dynamic"))
 
+    # Both go part by part, so that no float copy of a large weight is ever there as a whole.
+
+    def _to_int8(self, weight):
+        codes, scales = torch.empty_like(weight, dtype=torch.int8), []
+        rows = max(1, self.PART // weight.shape[1])
+        for part, place in zip(weight.split(rows), codes.split(rows), strict=True):
+            scales.append(part.abs().amax(1, keepdim=True).float())
+            place.copy_((part.float() * (127.0 / scales[-1].where(scales[-1] > 0, 1))).round())
+        scales = torch.cat(scales)
+        check_finite("the weight", scales)
+        return {"codes": codes, "absmax": scales.view(torch.int32)}
+
     def _to_nf4(self, weight):
-        codes, scales = [], []
-        for part in weight.reshape(-1).split(self.CHUNK):  # so that no float copy of a large weight is ever whole
+        weight, scales = weight.reshape(-1), []
+        codes = torch.empty(math.ceil(len(weight) / 2), dtype=torch.uint8, device=weight.device)
+        nf4, dynamic = NF4.to(weight.device), DYNAMIC.to(weight.device)
+        for part, place in zip(weight.split(self.PART), codes.split(self.PART // 2), strict=True):
             blocks = F.pad(part.float(), (0, -len(part) % self.BLOCK)).view(-1, self.BLOCK)
             absmax = blocks.abs().amax(1, keepdim=True)
-            code = nearest((blocks * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1), NF4.to(weight.device))
-            code = code.flatten()[: len(part) + len(part) % 2].view(-1, 2)
-            codes.append(code[:, 0] << 4 | code[:, 1])
+            code = nearest((blocks * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1), nf4).view(-1, 2)[: len(place)]
+            place.copy_(code[:, 0] << 4 | code[:, 1])
             scales.append(absmax.flatten())
         scales = torch.cat(scales)
+        check_finite("the weight", scales)
         offset = scales.mean()
+        check_finite("the mean of the scales", offset.view(1))
         blocks = F.pad(scales - offset, (0, -len(scales) % self.BLOCKS_OF_SCALES)).view(-1, self.BLOCKS_OF_SCALES)
         absmax = blocks.abs().amax(1, keepdim=True)
-        dynamic = DYNAMIC.to(weight.device)
-        scale_codes = nearest(blocks * (1 / absmax.clamp(min=1e-38)), dynamic).flatten()[: len(scales)]
+        scale_codes = nearest(blocks * (1 / absmax.clamp(min=1e-38)), dynamic).flatten()[: len(scales)].clone()
         return {
-            "codes": torch.cat(codes),
+            "codes": codes,
             "scale_codes": scale_codes,
             "absmax": absmax.flatten().view(torch.int32),
             "offset": offset.view(1).view(torch.int32),
@@ -250,7 +255,9 @@ class QuantizedWeight(nn.Module):
     def _int8(self, codes, absmax, dtype):
         absmax = absmax.view(torch.float32)
         if dtype == torch.float32:
-            return codes * absmax * (1 / 127)  # in bitsandbytes' order, to the bit
+            return (
+                codes * (absmax / 128) * (128 / 127)
+            )  # bitsandbytes' bits: codes · absmax · (1/127), without overflow
         return codes.to(dtype) * (absmax / 127).to(dtype)
 
     def dequantize(self, dtype=torch.float32):
@@ -753,11 +760,10 @@ class LoRABertModel(nn.Module):
         best_dtype, config._attn_implementation = dtype_and_attention()
         with torch.device("meta"):  # shapes alone, to refuse a wrong target or rank before any weights are loaded
             self.model = BertForSequenceClassification(config)
-        linear = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear)}
-        del linear[HEAD]
+        linear = [name for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear) and name != HEAD]
         targets = match_targets(linear, target_modules)
         for name in targets:
-            self.wrap(linear[name])
+            self.wrap(self.model.get_submodule(name))
 
         load_frozen(self.model, checkpoint, dtype or best_dtype, self.base_bits)
         for name in targets:
@@ -1037,7 +1043,8 @@ def load_frozen(model, checkpoint, dtype, base_bits=None):
         raise ValueError(f"{checkpoint.name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}")
     positions = torch.arange(model.config.max_position_embeddings)[None]  # buffers that no file holds
     model.bert.embeddings.position_ids, model.bert.embeddings.token_type_ids = positions, torch.zeros_like(positions)
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:
+        module = model.get_submodule(name)
         quantized = base_bits and isinstance(module, (nn.Linear, nn.Embedding)) and name != HEAD
         for kind, empty in list(module.named_parameters(recurse=False)):
             if f"{name}.{kind}" in keys:
@@ -1261,3 +1268,86 @@ def evaluate(model, loader):
     n = len(indices)
     in_order = [label for _, label in sorted(zip(indices, predictions, strict=True))]
     return Evaluation(right / n, *wilson_interval(right, n), n, loss / n, in_order)
+
+
+class LedgerRow(NamedTuple):
+    """One kind of thing a model holds: how many numbers, in how many bytes."""
+
+    what: str
+    stored_as: str
+    count: int
+    bytes: int
+
+
+class Ledger(list):
+    """The rows of `memory_ledger`. It prints as a table."""
+
+    ADAPTER = ("A and B", "scales of A and B", "head")  # what `save_pretrained` writes
+
+    def bytes(self, *what):
+        """The bytes of the rows with these names; of all rows if none is given."""
+        return sum(row.bytes for row in self if not what or row.what in what)
+
+    def __str__(self):
+        rows = [("what", "stored as", "numbers", "bytes")]
+        rows += [(row.what, row.stored_as, f"{row.count:,}", f"{row.bytes:,}") for row in self]
+        rows += [("all", "", "", f"{self.bytes():,}")]
+        return "\n".join(f"{what:24}{stored_as:10}{count:>14}{size:>16}" for what, stored_as, count, size in rows)
+
+
+def memory_ledger(model, optimizer=None, batch=None):
+    """Every byte that a model holds, by what it is for.
+
+    Args:
+        model: a `LoRABertModel` or `qLoRABertModel`; its gradients are counted where it has any.
+        optimizer: counted with its states, if given.
+        batch: what the model is called with. Given one, a forward pass is made, and what autograd saves of it for the
+            backward pass is counted, but for parameters and buffers, which are there anyway.
+
+    Returns:
+        A `Ledger` of rows (what, stored_as, count, bytes). Each storage is counted once, as a whole, so the sum is what
+        the storages hold. Not counted: what a step allocates and frees again, and PyTorch itself.
+    """
+    rows, storages = {}, {}
+
+    def add(what, stored_as, tensor, count=None):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = tensor  # held, so that no other tensor can come to lie there
+            number, size = rows.get((what, stored_as), (0, 0))
+            count = count or storage.nbytes() // tensor.itemsize
+            rows[what, stored_as] = number + count, size + storage.nbytes()
+
+    def dtype_of(tensor):
+        return str(tensor.dtype).removeprefix("torch.")
+
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            what = "embeddings" if isinstance(module, QuantizedEmbedding) else "frozen weights"
+            add(what, "NF4" if module.bits == 4 else "int8", module.codes, math.prod(module.shape))
+            for name, tensor in module.named_buffers():
+                stored_as = "8 bits" if name == "scale_codes" else "float32"
+                add("scales and code tables", stored_as, tensor, tensor.nbytes // (1 if name == "scale_codes" else 4))
+        elif isinstance(module, QuantizedLoRALayer) and module.packed:
+            for name, width in (("A", module.base.in_features), ("B", module.base.out_features)):
+                add("A and B", f"{module.bits} bits", getattr(module, f"{name}_codes"), module.rank * width)
+                add("scales of A and B", "float32", getattr(module, f"{name}_scales"))
+        elif isinstance(module, nn.Embedding):
+            add("embeddings", dtype_of(module.weight), module.weight)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        what = "A and B" if ".lora_" in name else "head" if f".{HEAD}." in name else "frozen weights"
+        add("position ids" if name.endswith("_ids") else what, dtype_of(tensor), tensor)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            add("gradients", dtype_of(parameter.grad), parameter.grad)
+    for state in optimizer.state.values() if optimizer else ():
+        for tensor in filter(torch.is_tensor, state.values()):
+            add("optimizer states", dtype_of(tensor), tensor)
+    if batch is not None:
+        saved, device = [], model.model.device
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+        for tensor in saved:
+            add("saved for backward", dtype_of(tensor), tensor)
+        del output
+    return Ledger(LedgerRow(*key, *value) for key, value in rows.items())

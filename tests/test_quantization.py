@@ -1,0 +1,291 @@
+"""Integers with scales, packed bytes, and frozen weights as bitsandbytes stores them."""
+
+import copy
+import math
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lora_utils import (
+    DYNAMIC,
+    NF4,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    dequantize,
+    pack,
+    quantize,
+    quantize_together,
+    unpack,
+)
+
+BITS = st.integers(2, 8)
+NUMBERS = st.one_of(
+    st.sampled_from([0.0, 1.0, -1.0, 1e-45, -1e-40, 1e-38, 1e-30, 3.4e38, -3.4e38, 65504.0]),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.floats(-4, 4, width=32),
+)
+
+
+@st.composite
+def matrices(draw):
+    """Matrices of many sizes and dtypes, contiguous or not: random, or of odd numbers, zeros and constants."""
+    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 40))
+    if draw(st.booleans()):
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))))
+        x = x * draw(st.sampled_from([1e-30, 1e-3, 1.0, 1e30])) * torch.logspace(-2, 2, rows)[:, None]
+    else:
+        x = torch.tensor(draw(st.lists(NUMBERS, min_size=rows, max_size=rows)))[:, None].repeat(1, columns)
+        for _ in range(draw(st.integers(0, 6))):
+            x[draw(st.integers(0, rows - 1)), draw(st.integers(0, columns - 1))] = draw(NUMBERS)
+    x = x.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
+    x = x.where(x.isfinite(), 0)
+    return x.T.contiguous().T if draw(st.booleans()) else x
+
+
+@settings(deadline=None, max_examples=300)
+@given(matrices(), BITS)
+def test_integers_are_in_range_and_no_worse_than_a_grid_up_to_the_largest_value(x, bits):
+    q, scale = quantize(x, bits)
+    assert q.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (len(x), 1)
+    assert q.min().item() >= -(2 ** (bits - 1)) and q.max().item() < 2 ** (bits - 1)
+    decoded, x = dequantize(q, scale), x.double()
+    assert decoded.isfinite().all() and (scale >= 0).all()
+    step = x.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+    unclipped = ((x / step.where(step > 0, 1)).floor() + 0.5).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1)) * step
+    error, bound = (decoded - x).norm(dim=1), (unclipped - x).norm(dim=1)
+    assert (error <= bound + 1e-4 * x.norm(dim=1) + 1e-40).all()
+
+
+@settings(deadline=None, max_examples=300)
+@given(matrices(), BITS)
+def test_rounding_what_was_rounded_changes_nothing(x, bits):
+    q, scale = quantize(x, bits)
+    again, same_scale = quantize(dequantize(q, scale), bits)
+    assert torch.equal(q, again) and torch.equal(scale, same_scale)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_zeros_decode_to_zeros_and_a_constant_to_itself(bits):
+    x = torch.tensor([[0.0] * 7, [3.0] * 7, [-1e-30] * 7])
+    torch.testing.assert_close(dequantize(*quantize(x, bits)), x, rtol=2**-15, atol=0)
+
+
+@pytest.mark.parametrize("bits, most", [(8, 0.012), (4, 0.12), (3, 0.22), (2, 0.4)])
+def test_the_error_on_normal_numbers_falls_with_the_bits(bits, most):
+    x = torch.randn(8, 768, generator=torch.Generator().manual_seed(0))
+    assert (dequantize(*quantize(x, bits)) - x).norm() < most * x.norm()
+
+
+def test_scales_cost_less_than_a_twentieth_of_a_bit_a_weight_at_width_768():
+    _, scale = quantize(torch.randn(8, 768), 4)
+    assert 8 * scale.nbytes / (8 * 768) < 0.05
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), BITS, st.integers(0, 999))
+def test_packing_takes_no_gaps_and_gives_the_same_integers_back(shape, bits, seed):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    q = torch.randint(low, high, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    q = q.transpose(0, -1)
+    packed = pack(q, bits)
+    assert packed.dtype == torch.uint8 and len(packed) == math.ceil(q.numel() * bits / 8)
+    assert torch.equal(unpack(packed, bits, q.shape), q)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_integer_survives_packing(bits):
+    q = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8)
+    assert torch.equal(unpack(pack(q, bits), bits, q.shape), q)
+
+
+# Rounding A and B together ------------------------------------------------------------------------
+
+
+def trained_pair(rank=8):
+    """An A and a B like those of training: ranks that do alike."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.eye(rank) + 0.7 * torch.randn(rank, rank, generator=generator)
+    A, B = torch.randn(rank, 96, generator=generator), torch.randn(64, rank, generator=generator)
+    return mix @ A, B @ mix
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rounded_together_the_product_keeps_more_than_rounded_apart(bits):
+    A, B = trained_pair()
+
+    def error(new_A, new_B):
+        return ((new_B @ new_A - B @ A).norm() / (B @ A).norm()).item()
+
+    together = quantize_together(A, B, bits)
+    apart = dequantize(*quantize(A, bits)), dequantize(*quantize(B.T, bits)).T
+    assert error(*together) < 0.8 * error(*apart)
+    for rows in (together[0], together[1].T):
+        assert torch.equal(dequantize(*quantize(rows, bits)), rows)
+
+
+def test_rounding_together_takes_ranks_that_are_zero_or_alike():
+    A, B = trained_pair()
+    same_A, zero_B = quantize_together(A, torch.zeros_like(B), 4)
+    assert not zero_B.any() and torch.equal(same_A, dequantize(*quantize(A, 4)))
+    A[1], B[:, 2] = A[0], 0
+    new_A, new_B = quantize_together(A, B, 8)
+    assert (new_B @ new_A - B @ A).norm() < 0.01 * (B @ A).norm()
+
+
+# Frozen weights -----------------------------------------------------------------------------------
+
+
+def linear(inputs, outputs, dtype=torch.float32, bias=True, std=0.05):
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs, dtype=dtype, bias=bias)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+SHAPES = [(64, 3), (128, 65), (384, 384), (768, 96), (3072, 48)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nf4_bytes_and_values_are_those_of_bitsandbytes(shape, dtype, monkeypatch):
+    layer = linear(*shape, dtype=dtype)
+    ours = QuantizedLinear(layer, 4)
+    codes, state = bnb.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4")
+    assert torch.equal(ours.codes, codes.flatten())
+
+    nested = bnb.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True)[1]
+    assert torch.equal(ours.offset.view(torch.float32)[0], nested.offset)
+    assert torch.equal(ours.absmax.view(torch.float32), nested.state2.absmax)
+    assert (ours.scale_codes.int() - nested.absmax.int()).abs().max() <= 1
+    widest = DYNAMIC.diff().max() * nested.state2.absmax.max()
+    assert (ours._scales(torch.arange(len(state.absmax))) - state.absmax).abs().max() <= widest
+
+    state.dtype = torch.float32
+    monkeypatch.setattr(ours, "_scales", lambda blocks: state.absmax[blocks])  # not quantised a second time
+    assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(codes, state).view(layer.weight.shape))
+
+
+def test_the_code_of_the_scales_is_that_of_bitsandbytes():
+    assert torch.equal(DYNAMIC, bnb.create_dynamic_map()) and torch.equal(NF4, bnb.get_4bit_type("nf4", "cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1200, 312), (7, 5)], ids=str)
+def test_int8_bytes_and_values_are_those_of_bitsandbytes(shape, dtype):
+    layer = linear(*shape, dtype=dtype)
+    ours = QuantizedLinear(layer, 8)
+    codes, absmax, _ = bnb.int8_vectorwise_quant(layer.weight.data)
+    assert torch.equal(ours.codes, codes) and torch.equal(ours.absmax.view(torch.float32)[:, 0], absmax)
+    assert torch.equal(ours.dequantize(), bnb.int8_vectorwise_dequant(codes, absmax))
+
+
+@pytest.mark.parametrize("shape", [(1200, 312), (1, 1), (3, 5), (65, 7), (63, 1), (2049, 513)], ids=str)
+def test_nf4_is_right_at_widths_that_are_not_whole_blocks(shape):
+    weight = linear(*shape).weight.detach()
+    ours = QuantizedLinear(linear(*shape), 4)
+    assert len(ours.codes) == math.ceil(weight.numel() / 2)
+    flat = torch.cat([weight.flatten(), torch.zeros(-weight.numel() % 64)]).view(-1, 64)
+    scale = flat.abs().amax(1, keepdim=True)
+    expected = (NF4[(flat / scale)[..., None].sub(NF4).abs().argmin(-1)] * scale).flatten()[: weight.numel()]
+    torch.testing.assert_close(ours.dequantize().flatten(), expected, rtol=0.02, atol=0.02 * weight.abs().max().item())
+    assert (ours.dequantize() - weight).norm() < 0.11 * weight.norm()
+
+
+def test_nf4_takes_4_127_bits_a_weight_with_all_scales():
+    ours = QuantizedLinear(linear(768, 768), 4)
+    size = sum(tensor.nbytes for tensor in ours.state_dict().values()) - ours.bias.nbytes
+    assert 8 * size / 768**2 == pytest.approx(4.127, abs=0.001)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_decoding_in_bf16_differs_by_three_roundings_at_most(bits):
+    ours = QuantizedLinear(linear(384, 200), bits)
+    exact, fast = ours.dequantize(), ours.dequantize(torch.bfloat16).float()
+    assert ((fast - exact).abs() <= ((1 + 2**-8) ** 3 - 1) * exact.abs()).all()
+    assert torch.equal(ours.dequantize(torch.float64), exact.double())
+
+
+@settings(deadline=None, max_examples=150)
+@given(matrices(), st.sampled_from([4, 8]))
+def test_any_finite_weight_is_quantised_within_a_step_of_its_scale(x, bits):
+    layer = nn.Linear(x.shape[1], x.shape[0], bias=False)
+    layer.weight = nn.Parameter(x)
+    decoded, x = QuantizedLinear(layer, bits).dequantize().double(), x.double()
+    assert decoded.isfinite().all()
+    if bits == 8:
+        assert ((decoded - x).abs() <= x.abs().amax(1, keepdim=True) / 254 * (1 + 1e-4) + 1e-37).all()
+    else:  # half the widest gap of NF4, and what the scale lost by its own 8 bits
+        assert ((decoded - x).abs() <= 0.2 * x.abs().max() + 1e-37).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_quantised_layer_computes_and_differentiates_with_its_decoded_weight(bits, dtype, bias):
+    layer = linear(128, 48, dtype=dtype, bias=bias)
+    ours, x = QuantizedLinear(layer, bits), torch.randn(2, 3, 128, dtype=dtype, requires_grad=True)
+    y = ours(x)
+    weight = ours.dequantize(dtype)
+    assert torch.equal(y, nn.functional.linear(x, weight, layer.bias)) and y.dtype == dtype
+    gradient = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, x, gradient)
+    torch.testing.assert_close(found, gradient @ weight)
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nothing_decoded_is_kept_for_backward(bits):
+    ours, saved = QuantizedLinear(linear(128, 48), bits), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ours(torch.randn(3, 128, requires_grad=True))
+    assert not saved and not any(torch.is_tensor(value) for value in vars(y.grad_fn).values())
+    ours.dequantize = None  # not even by name: backward decodes again
+    with pytest.raises(TypeError):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_change_of_dtype_a_copy_and_a_state_dict_leave_the_bytes_alone(bits):
+    ours = QuantizedLinear(linear(128, 48), bits)
+    exact = ours.dequantize()
+    for other in (copy.deepcopy(ours).bfloat16(), copy.deepcopy(ours).double(), copy.deepcopy(ours).half().float()):
+        assert torch.equal(other.dequantize(), exact)
+    other = QuantizedLinear(nn.Linear(128, 48), bits)
+    other.load_state_dict(ours.state_dict())
+    assert torch.equal(other.dequantize(), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(torch.randn(3, 128)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [64, 384, 312, 5])
+def test_an_embedding_gives_the_rows_that_it_decodes_to(bits, width):
+    torch.manual_seed(0)
+    embedding = nn.Embedding(50, width)
+    ours = QuantizedEmbedding(embedding, bits, torch.float32)
+    ids = torch.tensor([[3, 49, 0], [3, 3, 7]])
+    assert torch.equal(ours(ids), ours.dequantize()[ids])
+    assert ours.bits == (bits if width % 64 == 0 else 8)
+    assert (ours(ids) - embedding(ids)).norm() < 0.12 * embedding(ids).norm()
+    assert QuantizedEmbedding(embedding, bits, torch.bfloat16)(ids).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [1, 2, 9, 4.0, 4.5, "8", None, True, 16])
+def test_bits_that_a_frozen_weight_cannot_have_are_refused(bits):
+    with pytest.raises(ValueError, match=r"bits is .*allowed are 4, 8") as error:
+        QuantizedLinear(nn.Linear(8, 8), bits)
+    assert repr(bits) in str(error.value)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_name(bits, value):
+    layer = linear(128, 48)
+    with torch.no_grad():
+        layer.weight[5, 7] = value
+    with pytest.raises(ValueError, match=f"the weight holds {abs(value)}"):
+        QuantizedLinear(layer, bits)
