@@ -13,6 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 class Narrator(NotebookClient):
@@ -35,8 +36,11 @@ def printed(output):
 
 
 def tidy(notebook):
-    """Leave of a progress bar what a screen would show at the end."""
+    """Leave of a progress bar what a screen would show at the end, and nothing of a slider, which needs a kernel."""
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
                 lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")]
