@@ -6,8 +6,10 @@ trains on all training phrases and evaluates on the 872 validation sentences. Wi
 whole training sentences instead, and trains on what is left without them and without any phrase of theirs: settings
 are chosen there, never on the 872. With --both it holds out 2,000 training phrases, those of some two hundred whole
 sentences, trains on all others, and evaluates on the 872 and on the 2,000, one line each.
+With --method qlora A and B are quantised, and with --base-bits the frozen weights too.
 Each line holds seed, settings, commit and the label given to every sentence.
-`--summary` prints the lines of a results file, one row a setting, and draws those on the validation sentences.
+`--summary` prints the lines of a results file, one row a setting, and draws them; quantised runs as differences from
+unquantised LoRA under the same seed, with the 95 % interval of their mean.
 """
 
 import argparse
@@ -171,24 +173,88 @@ def machine(model):
     }
 
 
+def name_of(settings):
+    """What a run trained, in words."""
+    if settings["method"] == "head":
+        return "head only"
+    targets = settings["targets"] if isinstance(settings["targets"], str) else " and ".join(settings["targets"])
+    if settings["method"] == "qlora":
+        base = f", base in {settings['base_bits']} bits" if settings["base_bits"] else ""
+        return f"q-LoRA, {settings['bits']} bits{base}, {targets}, rank {settings['rank']}"
+    return f"LoRA, {targets}, rank {settings['rank']}"
+
+
 def summarise(file):
-    """Print one row a setting: mean accuracy over the seeds, and each seed's; draw those on the validation set."""
+    """Print one row a setting: mean accuracy over the seeds, and each seed's. Draw the results file.
+
+    Quantised runs are compared with unquantised LoRA under the same seed; without any, the runs on the validation
+    sentences are drawn as they are.
+    """
+    lines = list(map(json.loads, Path(file).read_text().splitlines()))
     groups = {}
-    for line in map(json.loads, Path(file).read_text().splitlines()):
-        groups.setdefault((line["evaluated_on"], json.dumps(line["settings"], sort_keys=True)), []).append(line)
+    for line in lines:
+        settings = {"bits": None, "base_bits": None} | line["settings"]
+        groups.setdefault((line["evaluated_on"], json.dumps(settings, sort_keys=True)), []).append(line)
     drawn = []
-    for (where, settings), lines in sorted(groups.items()):
-        s, scores = json.loads(settings), [100 * line["accuracy"] for line in lines]
-        targets = s["targets"] if isinstance(s["targets"], str) else " and ".join(s["targets"])
-        name = "head only" if s["method"] == "head" else f"LoRA, {targets}, rank {s['rank']}"
+    for (where, settings), group in sorted(groups.items()):
+        s, scores = json.loads(settings), [100 * line["accuracy"] for line in group]
         knobs = ("alpha", "dropout", "backbone_dropout", "learning_rate", "epochs", "batch_size")
         rest = ", ".join(f"{key} {s[key]:g}" for key in knobs)
-        print(f"{where}: {name} ({lines[0]['trained_parameters']:,} trained; {rest})")
+        print(f"{where}: {name_of(s)} ({group[0]['trained_parameters']:,} trained; {rest})")
         print(f"    mean {statistics.fmean(scores):.2f}, seeds {' '.join(f'{score:.2f}' for score in scores)}")
         if where == "validation":
-            drawn.append((f"{name}\n{lines[0]['trained_parameters']:,} trained", scores, s["method"]))
-    if drawn:
+            drawn.append((f"{name_of(s)}\n{group[0]['trained_parameters']:,} trained", scores, s["method"]))
+    if any(line["settings"]["method"] == "qlora" for line in lines):
+        draw_differences(paired_differences(lines), lines[0], Path(file).with_suffix(".png"))
+    elif drawn:
         draw(sorted(drawn, key=lambda row: statistics.fmean(row[1])), lines[0], Path(file).with_suffix(".png"))
+
+
+def paired_differences(lines):
+    """{(evaluated_on, bits, base_bits): {seed: points of accuracy above unquantised LoRA under the same seed}}."""
+    float_lora = {(x["evaluated_on"], x["seed"]): x for x in lines if x["settings"]["method"] == "lora"}
+    differences = {}
+    for line in lines:
+        s, pair = line["settings"], float_lora.get((line["evaluated_on"], line["seed"]))
+        if s["method"] == "qlora" and pair:
+            assert all(s[key] == pair["settings"][key] for key in SETTINGS - {"method", "bits", "base_bits"})
+            seeds = differences.setdefault((line["evaluated_on"], s["bits"], s["base_bits"]), {})
+            seeds[line["seed"]] = 100 * (line["accuracy"] - pair["accuracy"])
+    return dict(sorted(differences.items(), key=lambda item: (item[0][0], item[0][2] or 99, item[0][1]), reverse=True))
+
+
+def interval(values):
+    """(mean, low, high): the 95 % interval of a mean of few values, by Student's t."""
+    from scipy.stats import t
+
+    mean, n = statistics.fmean(values), len(values)
+    half = t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
+    return mean, mean - half, mean + half
+
+
+def draw_differences(differences, line, file):
+    """A panel for each set of sentences, a row for each setting: each seed's difference, their mean and interval."""
+    import matplotlib.pyplot as plt
+
+    sets = sorted({where for where, *_ in differences}, reverse=True)
+    fig, axes = plt.subplots(1, len(sets), figsize=(8.5, 3.2), dpi=96, sharey=True, layout="constrained", squeeze=False)
+    for ax, where in zip(axes[0], sets):
+        rows = {key[1:]: list(seeds.values()) for key, seeds in differences.items() if key[0] == where}
+        labels = [f"{bits} bits" + (f", base in {base_bits}" if base_bits else "") for bits, base_bits in rows]
+        for y, ((bits, base_bits), values) in enumerate(rows.items()):
+            mean, low, high = interval(values)
+            colour, marker = ("#009e73", "s") if base_bits else ("#d55e00", "o")
+            print(f"{where}: A and B in {bits} bits, base {base_bits}: {mean:+.2f} points ({low:+.2f} to {high:+.2f})")
+            ax.plot(values, [y] * len(values), marker, color=colour, alpha=0.35, markersize=5)
+            ax.errorbar(mean, y - 0.22, xerr=[[mean - low], [high - mean]], fmt=marker, color=colour, capsize=3)
+        ax.axvline(0, color="#0072b2", linewidth=1)
+        ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.6, -0.6), title=where)
+        ax.set_xlabel("points of accuracy above\nunquantised LoRA")
+        ax.grid(axis="x", alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    count = max(map(len, differences.values()))
+    fig.suptitle(f"{line['model']}, {line['data']}, rank {line['settings']['rank']}, {count} paired seeds", fontsize=10)
+    fig.savefig(file)
 
 
 def draw(rows, line, file):
