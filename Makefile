@@ -1,12 +1,13 @@
-# make run        install, execute the notebooks into outputs/, print the accuracy
+# make run        install, execute both notebooks into outputs/, print their accuracies
 # make lab        the same environment in JupyterLab
 # make test       the default tests; make test-all adds the slow ones; make lint checks style
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NOTEBOOKS ?= LoRA_implementation.ipynb qLoRA_implementation.ipynb
 
 run: $(VENV)/installed
-	$(BIN)/python tests/run_notebook.py LoRA_implementation.ipynb
+	$(BIN)/python tests/run_notebook.py $(NOTEBOOKS)
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab
@@ -23,7 +24,7 @@ lint: $(VENV)/installed-tests
 
 # Execute the notebooks in place, to commit them: with real data, SST2_DIR=folder make notebooks
 notebooks: $(VENV)/installed
-	$(BIN)/python tests/run_notebook.py --in-place LoRA_implementation.ipynb
+	$(BIN)/python tests/run_notebook.py --in-place $(NOTEBOOKS)
 
 $(VENV)/installed: requirements.txt data/offline-model.txt
 	$(PYTHON) -m venv $(VENV)

@@ -96,6 +96,90 @@ BREAKAGES = [
         "the_backbones_dropout_is_off",
     ),
     (
+        "a row of zeros divides by zero",
+        "unit = x / largest.where(largest > 0, 1)",
+        "unit = x / largest",
+        "qlora",
+        "while_b_is_zero_the_layer_computes_exactly_what_its_base_computes",
+    ),
+    (
+        "nothing passes through the rounding",
+        "    def backward(ctx, gradient):\n        return gradient, None",
+        "    def backward(ctx, gradient):\n        return torch.zeros_like(gradient), None",
+        "qlora",
+        "gradients_reach_b_from_the_first_step",
+    ),
+    (
+        "scales have more digits than the integers leave room for",
+        ".add(0x80).bitwise_and(~0xFF)",
+        "",
+        "quantization",
+        "rounding_what_was_rounded_changes_nothing",
+    ),
+    (
+        "every integer takes a byte",
+        "ones = F.pad(ones.flatten(), (0, -ones.numel() % 8)).view(-1, 8)",
+        "ones = F.pad(ones, (8 - bits, 0)).view(-1, 8)",
+        "quantization",
+        "packing_takes_no_gaps",
+    ),
+    (
+        "ties go to the upper code",
+        "out_int32=True)",
+        "out_int32=True, right=True)",
+        "quantization",
+        "the_nearest_code_of_a_tie_is_the_lower",
+    ),
+    (
+        "the nibbles are swapped",
+        "code[:, 0] << 4 | code[:, 1]",
+        "code[:, 1] << 4 | code[:, 0]",
+        "quantization",
+        "nf4_bytes_and_values_are_those_of_bitsandbytes",
+    ),
+    (
+        "the scales are not quantised around their mean",
+        "offset = scales.mean()",
+        "offset = scales.mean() * 0",
+        "quantization",
+        "nf4_bytes_and_values_are_those_of_bitsandbytes",
+    ),
+    (
+        "the decoded weight is kept for backward",
+        "        ctx.layer = layer\n",
+        "        ctx.layer = layer\n        ctx.save_for_backward(layer.dequantize(x.dtype))\n",
+        "quantization",
+        "nothing_decoded_is_kept_for_backward",
+    ),
+    (
+        "ranks do not make up for one another",
+        "rows[to_come] += inverse",
+        "rows[to_come] += 0 * inverse",
+        "quantization",
+        "rounded_together_the_product_keeps_more",
+    ),
+    (
+        "packing keeps the float matrices",
+        "        self.lora_A = self.lora_B = None\n",
+        "        pass\n",
+        "qlora",
+        "packed_it_computes_the_same_to_the_last_bit_from_fewer_bytes",
+    ),
+    (
+        "the head is quantised",
+        "isinstance(module, (nn.Linear, nn.Embedding)) and name != HEAD",
+        "isinstance(module, (nn.Linear, nn.Embedding))",
+        "qlora",
+        "every_frozen_linear_layer_and_embedding_is_quantised_and_the_head_is_not",
+    ),
+    (
+        "a storage is counted twice",
+        "if storage.data_ptr() not in storages:",
+        "if True:",
+        "qlora",
+        "the_ledger_counts_what_the_storages_hold",
+    ),
+    (
         "the labels are in the other order",
         'names=["negative", "positive"]',
         'names=["positive", "negative"]',
@@ -154,7 +238,7 @@ def test_a_breakage_is_caught_by_the_test_that_is_named_for_it(a_copy, breakage)
 
 @pytest.mark.slow
 def test_the_unbroken_copy_passes_the_same_tests(a_copy):
-    for file in ("layer", "model", "data"):
+    for file in ("layer", "model", "quantization", "qlora", "data"):
         names = " or ".join(name for _, _, _, of_file, name in BREAKAGES if of_file == file)
         result = run_one_test(a_copy, file, names)
         assert result.returncode == 0, result.stdout

@@ -16,7 +16,7 @@ from transformers import get_linear_schedule_with_warmup
 from lora_utils import LoRABertModel, load_sst2, make_loader
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = ["LoRA_implementation.ipynb"]
+NOTEBOOKS = ["LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 HEADINGS = [
     "Import Libraries",
     "Define LoRA Layer and Model",
@@ -75,7 +75,9 @@ def test_code_cells_are_short_and_have_a_sentence_before_them(notebook):
 def test_one_cell_is_tagged_parameters_and_holds_literals_only(notebook):
     tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
     names = re.findall(r"^(\w+) = ", tagged[0].source, re.MULTILINE)
-    knobs = "MODEL DATASET RANK ALPHA DROPOUT TARGETS LEARNING_RATE EPOCHS BATCH_SIZE TRAIN_SENTENCES SEED"
+    quantised = any("qLoRABertModel" in cell.source for cell in code_cells(notebook))
+    knobs = f"""MODEL DATASET RANK ALPHA DROPOUT {"BITS BASE_BITS" if quantised else ""} TARGETS
+        LEARNING_RATE EPOCHS BATCH_SIZE TRAIN_SENTENCES SEED"""
     assert len(tagged) == 1 and names == knobs.split()
 
 
@@ -136,3 +138,4 @@ def test_a_notebook_runs_from_top_to_bottom_in_a_short_setting(name, tmp_path, m
     executed = nbformat.read(tmp_path / name, as_version=4)
     text = json.dumps([cell.outputs for cell in code_cells(executed)])
     assert "movie_phrases" in text and "Validation accuracy, LoRA" in text
+    assert ("Validation accuracy, q-LoRA" in text) == name.startswith("q")

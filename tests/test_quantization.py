@@ -16,6 +16,7 @@ from lora_utils import (
     QuantizedEmbedding,
     QuantizedLinear,
     dequantize,
+    nearest,
     pack,
     quantize,
     quantize_together,
@@ -173,6 +174,10 @@ def test_the_code_of_the_scales_is_that_of_bitsandbytes():
     assert torch.equal(DYNAMIC, bnb.create_dynamic_map()) and torch.equal(NF4, bnb.get_4bit_type("nf4", "cpu"))
 
 
+def test_the_nearest_code_of_a_tie_is_the_lower():
+    assert nearest(torch.tensor([-2.0, 0.4, 0.5, 0.6, 9.0]), torch.tensor([0.0, 1.0])).tolist() == [0, 0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (1200, 312), (7, 5)], ids=str)
 def test_int8_bytes_and_values_are_those_of_bitsandbytes(shape, dtype):
@@ -289,3 +294,15 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(bits, value):
         layer.weight[5, 7] = value
     with pytest.raises(ValueError, match=f"the weight holds {abs(value)}"):
         QuantizedLinear(layer, bits)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.0, "8", None])
+def test_bits_that_integers_cannot_have_are_refused(bits):
+    with pytest.raises(ValueError, match=r"bits is .*allowed are 2, 3, 4, 5, 6, 7, 8"):
+        quantize(torch.ones(2, 3), bits)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_matrix_that_is_not_finite_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=f"the matrix to quantise holds {value}"):
+        quantize(torch.tensor([[1.0, value]]), 4)
