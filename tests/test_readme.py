@@ -1,19 +1,29 @@
-"""The numbers in the README are those of the results files."""
+"""The numbers in the README are those of the results files, and the results keep what the lessons promise."""
 
 import json
 import re
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import accuracy
+
 README = (ROOT / "README.md").read_text()
+
+
+def lines_of(name):
+    return list(map(json.loads, (ROOT / "benchmarks" / "results" / name).read_text().splitlines()))
 
 
 def results():
     """{(method, targets, rank, learning rate, epochs): accuracies on the validation sentences, in percent}."""
     groups = {}
-    for line in map(json.loads, (ROOT / "benchmarks" / "results" / "accuracy.jsonl").read_text().splitlines()):
+    for line in lines_of("accuracy.jsonl"):
         if line["evaluated_on"] == "validation":
             s = line["settings"]
             key = (s["method"], str(s["targets"]), s["rank"], s["learning_rate"], s["epochs"])
@@ -28,7 +38,7 @@ def test_the_readme_has_the_mean_and_spread_of_every_benchmarked_method():
 
 
 def test_every_result_holds_one_prediction_a_sentence_and_its_accuracy():
-    for line in map(json.loads, (ROOT / "benchmarks" / "results" / "accuracy.jsonl").read_text().splitlines()):
+    for line in lines_of("accuracy.jsonl") + lines_of("quantised.jsonl"):
         assert len(line["predictions"]) == line["n"] and set(line["predictions"]) <= {"0", "1"}
         assert line["evaluated_on"] != "validation" or not line["commit"].endswith("+changes")
         assert line["data"] == "SST-2" and line["low"] < line["accuracy"] < line["high"]
@@ -38,6 +48,32 @@ def test_lora_beats_the_head_alone_by_what_the_lesson_claims():
     scores = {key[:3]: statistics.fmean(values) for key, values in results().items()}
     head, lora = scores["head", "['query', 'value']", 8], scores["lora", "['query', 'value']", 8]
     assert lora >= 86.5 and lora > head + 10 and scores["lora", "all-linear", 32] >= 88.5
+
+
+@pytest.mark.parametrize(
+    "bits, base_bits, least",
+    [(8, None, -0.5), (4, None, -0.8), (3, None, -1.2), (2, None, -1.2), (8, 8, -0.8), (8, 4, -1.2)],
+)
+@pytest.mark.parametrize("where", ["validation", "held-out training phrases"])
+def test_quantised_lora_keeps_its_accuracy_over_five_paired_seeds(where, bits, base_bits, least):
+    differences = accuracy.paired_differences(lines_of("quantised.jsonl"))[where, bits, base_bits]
+    mean, low, high = accuracy.interval(list(differences.values()))
+    assert len(differences) == 5 and mean >= least
+    assert f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" in README
+
+
+def test_rounding_after_training_loses_what_the_readme_says():
+    lines = lines_of("after_training.jsonl")
+    errors = {(line["seed"], line["bits"], line["way"]): line["error"] for line in lines}
+    for bits in (8, 4, 3, 2):
+        for way in ("absmax", "half steps", "together"):
+            group = [line for line in lines if (line["bits"], line["way"]) == (bits, way)]
+            error, score = (statistics.fmean(line[key] for line in group) for key in ("error", "accuracy"))
+            assert len(group) == 5 and f"{error:.3f}, {100 * score:.1f} %" in README
+    for seed in {line["seed"] for line in lines}:
+        assert errors[seed, 8, "together"] <= 0.012 and errors[seed, 8, "half steps"] <= 0.012
+        for bits, share in ((4, 0.85), (3, 0.65), (2, 0.45)):
+            assert errors[seed, bits, "together"] <= share * errors[seed, bits, "absmax"]
 
 
 def test_nothing_stray_lies_at_the_top():
