@@ -4,15 +4,12 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
+import accuracy
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import accuracy
-
 README = (ROOT / "README.md").read_text()
 
 

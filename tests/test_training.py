@@ -1,17 +1,13 @@
 """What training reaches, with the packaged BERT; slow."""
 
 import statistics
-import sys
 from argparse import Namespace
-from pathlib import Path
 
+import accuracy
+import after_training
 import pytest
 
 import lora_utils
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import accuracy
-import after_training
 
 
 @pytest.mark.slow
