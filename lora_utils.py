@@ -237,7 +237,8 @@ class QuantizedWeight(nn.Module):
         scales = torch.cat(scales)
         check_finite("the weight", scales)
         offset = scales.mean()
-        check_finite("the mean of the scales", offset.view(1))
+        if offset.isinf():  # the sum of huge scales
+            offset = scales.double().mean().float()
         blocks = F.pad(scales - offset, (0, -len(scales) % self.BLOCKS_OF_SCALES)).view(-1, self.BLOCKS_OF_SCALES)
         absmax = blocks.abs().amax(1, keepdim=True)
         scale_codes = nearest(blocks * (1 / absmax.clamp(min=1e-38)), dynamic).flatten()[: len(scales)].clone()
@@ -256,25 +257,29 @@ class QuantizedWeight(nn.Module):
         return code * self.absmax.view(torch.float32)[blocks // self.BLOCKS_OF_SCALES] + self.offset.view(torch.float32)
 
     def _nf4(self, codes, blocks, dtype):
-        """The values, in one row, of bytes that are these blocks."""
-        pairs = self.pairs if dtype == torch.float32 else self.pairs.view(torch.float32).to(dtype).view(torch.int32)
-        values = pairs.index_select(0, codes.flatten().int()).view(dtype)  # two values a byte, looked up at once
+        """The values, in one row, of bytes that are these blocks: exact in float32, rounded on the way in 16 bits."""
+        pairs, in_16_bits = self.pairs, dtype.itemsize == 2
+        if in_16_bits:
+            pairs = pairs.view(torch.float32).to(dtype).view(torch.int32)
+        values = pairs.index_select(0, codes.flatten().int())  # two values a byte, looked up at once
+        values = values.view(dtype if in_16_bits else torch.float32)
         values = F.pad(values, (0, len(blocks) * self.BLOCK - len(values))).view(-1, self.BLOCK)
-        return (values * self._scales(blocks).to(dtype)[:, None]).flatten()
+        return (values * self._scales(blocks).to(values.dtype)[:, None]).flatten().to(dtype)
 
     def _int8(self, codes, absmax, dtype):
         absmax = absmax.view(torch.float32)
-        if dtype == torch.float32:
-            return codes * (absmax / 128) * (128 / 127)  # to the bit codes · absmax · (1/127), which can overflow
-        return codes.to(dtype) * (absmax / 127).to(dtype)
+        if dtype.itemsize == 2:
+            return codes.to(dtype) * (absmax / 127).to(dtype)
+        return (codes * (absmax / 128) * (128 / 127)).to(
+            dtype
+        )  # to the bit codes · absmax · (1/127), which can overflow
 
     def dequantize(self, dtype=torch.float32):
         """The matrix that the codes stand for: exact in float32, rounded on the way in a 16-bit dtype."""
-        wide = dtype if dtype.itemsize == 2 else torch.float32
         if self.bits == 8:
-            return self._int8(self.codes, self.absmax, wide).to(dtype)
-        values = self._nf4(self.codes, torch.arange(len(self.scale_codes), device=self.codes.device), wide)
-        return values[: math.prod(self.shape)].view(self.shape).to(dtype)
+            return self._int8(self.codes, self.absmax, dtype)
+        values = self._nf4(self.codes, torch.arange(len(self.scale_codes), device=self.codes.device), dtype)
+        return values[: math.prod(self.shape)].view(self.shape)
 
     def extra_repr(self):
         return f"{self.shape}, {'NF4' if self.bits == 4 else 'int8'}"
@@ -323,20 +328,20 @@ class QuantizedEmbedding(QuantizedWeight):
     """A frozen embedding whose rows are packed codes; only the rows that are looked up are decoded.
 
     A row is whole blocks of NF4 where its width is a multiple of 64; other widths take int8, whatever `bits` says.
-    Its rows come out in `dtype`.
+    Its rows come out in `dtype`, and in the model's own after `model.to(dtype)`.
     """
 
     def __init__(self, embedding, bits, dtype):
         super().__init__(embedding.weight, bits if embedding.embedding_dim % self.BLOCK == 0 else 8)
-        self.dtype = dtype
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows `model.to(dtype)`
 
     def forward(self, ids):
         rows, width = ids.flatten(), self.shape[1]
         if self.bits == 8:
-            found = self._int8(self.codes[rows], self.absmax[rows], self.dtype)
+            found = self._int8(self.codes[rows], self.absmax[rows], self.like.dtype)
         else:
             blocks = rows[:, None] * (width // self.BLOCK) + torch.arange(width // self.BLOCK, device=rows.device)
-            found = self._nf4(self.codes.view(self.shape[0], -1)[rows], blocks.flatten(), self.dtype)
+            found = self._nf4(self.codes.view(self.shape[0], -1)[rows], blocks.flatten(), self.like.dtype)
         return found.view(*ids.shape, width)
 
 
@@ -433,7 +438,7 @@ class LoRALayer(nn.Module):
         small beside the weight. A merged layer's A and B get no gradient. Merging twice changes nothing.
 
         Raises:
-            ValueError: for a quantised base, which would be quantised again, and lose most of the update.
+            ValueError: for a quantised base: it would be quantised again, and most of a small update lost.
         """
         if isinstance(self.base, QuantizedLinear):
             raise ValueError("the base is quantised, and cannot take an update in: use the model's merge_and_unload()")

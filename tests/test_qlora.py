@@ -234,6 +234,21 @@ def test_an_unquantised_adapter_loads_by_its_state_dict(bert, batch):
     torch.testing.assert_close(quantized(**batch).logits, plain(**batch).logits, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("base_bits", [8, 4])
+def test_a_quantised_model_follows_a_change_of_dtype(bert, batch, base_bits):
+    model = randomise(qlora(bert, base_bits=base_bits)).eval()
+    expected = model(**batch).logits
+    torch.testing.assert_close(copy.deepcopy(model).double()(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+    in_bf16 = copy.deepcopy(model).bfloat16()
+    torch.testing.assert_close(in_bf16(**batch).logits, expected, atol=0.2, rtol=0.2)
+    assert torch.equal(
+        in_bf16.float().model.bert.embeddings.word_embeddings.dequantize(),
+        (model.model.bert.embeddings.word_embeddings.dequantize()),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(**batch).logits, expected, atol=0.2, rtol=0.2)
+
+
 def test_a_quantised_base_computes_nearly_what_the_float_base_computes(bert, batch):
     ids, mask = batch["input_ids"], batch["attention_mask"]
     exact = qlora(bert).eval().model.bert(ids, attention_mask=mask).pooler_output
