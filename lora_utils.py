@@ -71,9 +71,9 @@ def quantize(x, bits):
 
     The half-step grid has a level for each integer and is the same on both sides; a grid with a zero would leave one of
     2^bits unused: at 2 bits a quarter of them. The largest value need not be reached: of ten clipping points, tenths of
-    it, the one of least squared error is taken, and then the scale that fits the integers best. Measured against other
-    grids by `benchmarks/after_training.py`. The scale is rounded to 16 binary digits, so that scale · (q + ½) is exact,
-    and rounding what was rounded changes nothing.
+    it, the one of least squared error is taken, and then the scale that fits the integers best; for what that is worth
+    see `benchmarks/after_training.py`. The scale is rounded to 16 binary digits, so that scale · (q + ½) is exact, and
+    rounding what was rounded changes nothing.
 
     Source: Gersho and Gray 1992, "Vector Quantization and Signal Compression", chapter 5 (the mid-rise quantiser);
     Sung, Shin and Hwang 2015, "Resiliency of Deep Neural Networks under Quantization" (the step of least squares).
@@ -162,6 +162,9 @@ def quantize_together(A, B, bits):
                 rows[to_come] += inverse @ gram[to_come, i : i + 1] * (exact - rows[i])
         return rows
 
+    check_bits("bits", bits, range(2, 9))
+    for name, matrix in (("A", A), ("B", B)):
+        check_finite(name, matrix)
     A, B = A.detach().float(), B.detach().float()
     new_B = rounded(B.T, A @ A.T).T
     gram = new_B.T @ new_B
@@ -199,7 +202,7 @@ class QuantizedWeight(nn.Module):
     the model's dtype leaves alone.
 
     Source: Dettmers et al. 2022, "LLM.int8()", section 2 (vector-wise); Dettmers et al. 2023, "QLoRA", section 3;
-    bytes and float32 values are those of bitsandbytes (`tests/test_quantization.py`).
+    bytes and float32 values are those of bitsandbytes, the 8-bit codes of NF4's scales within one.
     """
 
     BLOCK, BLOCKS_OF_SCALES, PART = 64, 256, 2**20
@@ -219,7 +222,8 @@ class QuantizedWeight(nn.Module):
         rows = max(1, self.PART // weight.shape[1])
         for part, place in zip(weight.split(rows), codes.split(rows), strict=True):
             scales.append(part.abs().amax(1, keepdim=True).float())
-            place.copy_((part.float() * (127.0 / scales[-1].where(scales[-1] > 0, 1))).round())
+            inverse = (127.0 / scales[-1].where(scales[-1] > 0, 1)).clamp(max=torch.finfo(torch.float32).max)
+            place.copy_((part.float() * inverse).round())
         scales = torch.cat(scales)
         check_finite("the weight", scales)
         return {"codes": codes, "absmax": scales.view(torch.int32)}
@@ -254,7 +258,8 @@ class QuantizedWeight(nn.Module):
     def _scales(self, blocks):
         """The scales of the NF4 blocks with these numbers, float32."""
         code = self.dynamic.view(torch.float32)[self.scale_codes[blocks].int()]
-        return code * self.absmax.view(torch.float32)[blocks // self.BLOCKS_OF_SCALES] + self.offset.view(torch.float32)
+        scales = code * self.absmax.view(torch.float32)[blocks // self.BLOCKS_OF_SCALES]
+        return (scales + self.offset.view(torch.float32)).clamp(max=torch.finfo(torch.float32).max)
 
     def _nf4(self, codes, blocks, dtype):
         """The values, in one row, of bytes that are these blocks: exact in float32, rounded on the way in 16 bits."""
@@ -338,10 +343,11 @@ class QuantizedEmbedding(QuantizedWeight):
     def forward(self, ids):
         rows, width = ids.flatten(), self.shape[1]
         if self.bits == 8:
-            found = self._int8(self.codes[rows], self.absmax[rows], self.like.dtype)
+            found = self._int8(self.codes.index_select(0, rows), self.absmax.index_select(0, rows), self.like.dtype)
         else:
             blocks = rows[:, None] * (width // self.BLOCK) + torch.arange(width // self.BLOCK, device=rows.device)
-            found = self._nf4(self.codes.view(self.shape[0], -1)[rows], blocks.flatten(), self.like.dtype)
+            codes = self.codes.view(self.shape[0], -1).index_select(0, rows)
+            found = self._nf4(codes, blocks.flatten(), self.like.dtype)
         return found.view(*ids.shape, width)
 
 
@@ -760,7 +766,7 @@ class LoRABertModel(nn.Module):
 
         load_frozen(self.model, checkpoint, dtype or best_dtype, self.base_bits)
         for name in targets:
-            set_module(self.model, name, self.wrap(self.model.get_submodule(name)))
+            self.model.set_submodule(name, self.wrap(self.model.get_submodule(name)))
         self.model.classifier.float().requires_grad_(True)
 
     def wrap(self, linear):
@@ -924,7 +930,7 @@ class qLoRABertModel(LoRABertModel):
             layer.pack()
 
     def unpack(self):
-        """Make every A and B trainable again."""
+        """Make every A and B trainable again. They are new parameters: give them to a new optimizer."""
         for layer in self.lora_layers().values():
             layer.unpack()
 
@@ -941,11 +947,12 @@ class qLoRABertModel(LoRABertModel):
 
         With `peft` also PEFT's two files, with A and B as they decode. Packed or not, the model stays as it is.
         """
+        targets = self.target_modules
         config = {
             "base_model_name_or_path": self.model_name,
             "bits": self.bits,
             "base_bits": self.base_bits,
-            "target_modules": self.target_modules,
+            "target_modules": targets if isinstance(targets, str) else list(targets),
             "num_labels": self.model.config.num_labels,
             **self.lora_arguments,
         }
@@ -1043,7 +1050,7 @@ def load_frozen(model, checkpoint, dtype, base_bits=None):
             if f"{name}.{kind}" in keys:
                 with safe_open(file, "pt") as opened:  # for each tensor, or what was read stays mapped
                     tensor = opened.get_tensor(keys[f"{name}.{kind}"])
-                tensor = tensor if quantized and kind == "weight" else tensor.to(dtype)
+                tensor = tensor if quantized and kind == "weight" else tensor.to(dtype, copy=True)
             else:
                 tensor = torch.zeros(empty.shape, dtype=dtype)
                 if kind == "weight":
@@ -1053,24 +1060,16 @@ def load_frozen(model, checkpoint, dtype, base_bits=None):
                 raise ValueError(f"{checkpoint.name} has {name}.{kind} of shape {shapes}")
             setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
         if quantized:
-            linear = isinstance(module, nn.Linear)
-            set_module(
-                model,
-                name,
-                QuantizedLinear(module, base_bits) if linear else QuantizedEmbedding(module, base_bits, dtype),
-            )
+            if isinstance(module, nn.Linear):
+                model.set_submodule(name, QuantizedLinear(module, base_bits))
+            else:
+                model.set_submodule(name, QuantizedEmbedding(module, base_bits, dtype))
 
 
 def as_transformers_names_it(key):
     """The name, in `BertForSequenceClassification`, of a tensor in a BERT's file: older files say gamma and beta."""
     key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return key if key.startswith(("bert.", f"{HEAD}.")) else f"bert.{key}"
-
-
-def set_module(model, name, module):
-    """Put a module in the place of the one with this name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1350,6 +1349,9 @@ def memory_ledger(model, optimizer=None, batch=None):
     for state in optimizer.state.values() if optimizer else ():
         for tensor in filter(torch.is_tensor, state.values()):
             add("optimizer states", dtype_of(tensor), tensor)
+    for group in optimizer.param_groups if optimizer else ():  # such as the float A and B that were packed since
+        for tensor in (t for p in group["params"] for t in (p, p.grad) if t is not None):
+            add("kept by the optimizer", dtype_of(tensor), tensor)
     if batch is not None:
         saved, device = [], model.model.device
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

@@ -55,8 +55,8 @@ BREAKAGES = [
     ),
     (
         "freezing is forgotten",
-        "return model.requires_grad_(False)",
-        "return model",
+        "nn.Parameter(tensor, requires_grad=False)",
+        "nn.Parameter(tensor)",
         "model",
         "three_steps_move_a_b_and_the_head_and_not_one_bit",
     ),
@@ -76,7 +76,7 @@ BREAKAGES = [
     ),
     (
         "the update is added in the dtype of the base",
-        'state[f"{name}.weight"] + layer.delta_weight()',
+        'weights[f"{name}.weight"] + layer.delta_weight()',
         "(layer.base.weight + layer.delta_weight().to(layer.base.weight.dtype)).float()",
         "model",
         "a_small_update_survives_merge_and_unload_from_bf16",
@@ -213,6 +213,11 @@ BREAKAGES = [
 def run_one_test(folder, file, name):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{file}.py", "-k", name]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_every_breakage_has_its_place_in_the_code():
+    source = (ROOT / "lora_utils.py").read_text()
+    assert [code for _, code, *_ in BREAKAGES if source.count(code) != 1] == []
 
 
 @pytest.fixture

@@ -306,3 +306,25 @@ def test_bits_that_integers_cannot_have_are_refused(bits):
 def test_a_matrix_that_is_not_finite_is_refused_by_name(value):
     with pytest.raises(ValueError, match=f"the matrix to quantise holds {value}"):
         quantize(torch.tensor([[1.0, value]]), 4)
+
+
+def test_ids_out_of_range_are_refused_as_by_any_embedding():
+    ours = QuantizedEmbedding(nn.Embedding(50, 64), 4, torch.float32)
+    for wrong in (-1, 50):
+        with pytest.raises(IndexError):
+            ours(torch.tensor([[wrong]]))
+
+
+def test_the_largest_floats_do_not_decode_to_infinity():
+    layer = nn.Linear(64, 8, bias=False)
+    layer.weight.data[:7], layer.weight.data[7] = 3.4e38, 0
+    for bits in (4, 8):
+        assert QuantizedLinear(layer, bits).dequantize().isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_rounding_together_refuses_what_is_not_finite(wrong):
+    A, B = trained_pair()
+    A[0, 0] = wrong
+    with pytest.raises(ValueError, match=f"A holds {wrong}"):
+        quantize_together(A, B, 4)
