@@ -37,6 +37,45 @@ from transformers import AutoConfig, BertForSequenceClassification, DataCollator
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 # --------------------------------------------------------------------------------------------------
+# The machine: the one place that asks what it is
+# --------------------------------------------------------------------------------------------------
+
+# What oneDNN, PyTorch's matrix library, leaves of a CPU's abilities where the environment holds it to an older set.
+HELD_TO = {"SSE41": (), "AVX": (), "AVX2": (), "AVX2_VNNI": ("avx_vnni",), "AVX2_VNNI_2": ("avx_vnni",)}
+HELD_TO |= {"AVX512_CORE": (), "AVX512_CORE_VNNI": ("avx512_vnni",)}
+
+
+class Arithmetic(NamedTuple):
+    """What a machine computes in.
+
+    dtype: of the frozen weights: bfloat16 where the machine multiplies in it, at half the memory of float32; else
+        float32, and in doubt.
+    attention: which of transformers' attentions. On a CPU "eager", two plain products with a softmax in between, since
+        the fused one has a very slow backward in bfloat16 there; on a GPU "sdpa".
+    int8: whether a frozen weight of 8 bits is multiplied in integers (`QuantizedLinear`): on a CPU without bfloat16
+        that has instructions for it (VNNI). Without those it is slower than float32.
+    """
+
+    dtype: torch.dtype
+    attention: str
+    int8: bool
+
+
+def native_arithmetic():
+    """What this machine computes in, as an `Arithmetic`: asked of PyTorch, and of the variables that hold it back."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Arithmetic(torch.bfloat16 if native else torch.float32, "sdpa", int8=False)
+    able = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
+    able &= set(HELD_TO.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), able))
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):  # ATEN_CPU_CAPABILITY can hold PyTorch itself
+        able &= {"avx_vnni"}
+    native = bool(able & {"avx512_bf16", "amx_bf16"})
+    int8 = not native and bool(able & {"avx_vnni", "avx512_vnni"})
+    return Arithmetic(torch.bfloat16 if native else torch.float32, "eager", int8)
+
+
+# --------------------------------------------------------------------------------------------------
 # 1. Quantisation
 # --------------------------------------------------------------------------------------------------
 
@@ -91,8 +130,8 @@ def nearest_levels(x, bits):
     largest = x.abs().amax(-1, keepdim=True)
     unit = x / largest.where(largest > 0, 1)
     steps = torch.arange(10, 0, -1, device=x.device).view(-1, 1, 1) / (10 * top)
-    levels = (unit / steps).floor().add(0.5).clamp(-top, top)  # (10, rows, n)
-    best = (levels * steps - unit).square().sum(-1).argmin(0)  # (rows,)
+    levels = (unit / steps).floor_().add_(0.5).clamp_(-top, top)  # (10, rows, n)
+    best = (levels * steps).sub_(unit).square_().sum(-1).argmin(0)  # (rows,)
     levels = levels[best, torch.arange(len(x), device=x.device)]
     step = (unit * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
     scale = (largest * step).clamp(max=(1 - 2**-15) * torch.finfo(torch.float32).max / top)  # or it would decode to inf
@@ -290,43 +329,87 @@ class QuantizedWeight(nn.Module):
         return f"{self.shape}, {'NF4' if self.bits == 4 else 'int8'}"
 
 
+def as_multiplied(x):
+    """x as a product takes it: where autocast is on, in its dtype."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class QuantizedLinear(QuantizedWeight):
     """A frozen linear layer whose weight is packed codes; it stands wherever a frozen `nn.Linear` does.
 
-    The weight is decoded for the product and forgotten. Nothing is kept for backward but the codes, which are there
-    anyway: backward decodes them again.
+    Nothing is kept for backward but the codes, which are there anyway.
+
+        4 bits: y = x Ŵᵀ + b; Ŵ is decoded for the product, forgotten, and decoded again on the way back.
+        8 bits: y = s · (x Qᵀ) + b; the integers Q are exact in the dtype of x, and the scale s of each of W's rows
+            multiplies the output. With `int8_arithmetic` x is rounded to integers too, each of its rows with a scale of
+            its own, and the product is one of integers: x ≈ t · X gives y = t · s · (X Qᵀ) + b. It rounds what it
+            multiplies, so it is a method with an accuracy of its own. The gradient is always that of the product above.
 
     Args:
         linear: the layer to quantise. Its bias is kept, and frozen.
         bits: 8 (int8 by row) or 4 (NF4).
 
+    Attributes:
+        int8_arithmetic: set where the machine has instructions for it and none for bfloat16 (`native_arithmetic`); for
+            x in float32 on a CPU.
+
     Shapes: x (..., in) to y (..., out), in the dtype of x.
 
     Raises:
         ValueError: for other bits, and for a weight with values that are not finite.
+
+    Source: of the scales and of int8 arithmetic Dettmers et al. 2022, "LLM.int8()", section 2 (vector-wise).
     """
 
     def __init__(self, linear, bits):
         super().__init__(linear.weight, bits)
         self.out_features, self.in_features = self.shape
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.int8_arithmetic = bits == 8 and native_arithmetic().int8
 
     def forward(self, x):
-        return DecodeAndMultiply.apply(x, self)
+        x = as_multiplied(x)
+        return FrozenProduct.apply(x.reshape(-1, self.in_features), self).view(*x.shape[:-1], self.out_features)
+
+    def product(self, x):
+        """y for x (n, in), outside autograd."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self._decodes(x):
+            return F.linear(x, self.dequantize(x.dtype), bias)
+        if self.int8_arithmetic and x.dtype == torch.float32 and x.device.type == "cpu":
+            largest = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True)
+            t = (largest / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+            y = torch._int_mm((x / t).round_().to(torch.int8), self.codes.T).float().mul_(t)
+        else:
+            y = x @ self.codes.to(x.dtype).T
+        scale = self._scale_by_row(x.dtype)
+        return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
+
+    def gradient(self, gradient):
+        """The gradient of x (n, in), given that of y (n, out)."""
+        if self._decodes(gradient):
+            return gradient @ self.dequantize(gradient.dtype)
+        return (gradient * self._scale_by_row(gradient.dtype)) @ self.codes.to(gradient.dtype)
+
+    def _decodes(self, x):
+        return self.bits == 4 or x.dtype == torch.float16  # in which sums of integers overflow
+
+    def _scale_by_row(self, dtype):
+        return (self.absmax.view(torch.float32) / 127).to(dtype).T
 
 
-class DecodeAndMultiply(torch.autograd.Function):
-    """y = x Wᵀ + b with a frozen W that is decoded when it is needed, forward and backward."""
+class FrozenProduct(torch.autograd.Function):
+    """y = x Wᵀ + b with a frozen, quantised W."""
 
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, layer.dequantize(x.dtype), bias)
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient @ ctx.layer.dequantize(gradient.dtype) if ctx.needs_input_grad[0] else None, None
+        return ctx.layer.gradient(gradient) if ctx.needs_input_grad[0] else None, None
 
 
 class QuantizedEmbedding(QuantizedWeight):
@@ -354,6 +437,44 @@ class QuantizedEmbedding(QuantizedWeight):
 # --------------------------------------------------------------------------------------------------
 # 2. Layers
 # --------------------------------------------------------------------------------------------------
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """y = x Wᵀ + b + scaling · x Aᵀ Bᵀ with a frozen W: all of an adapted layer in one step of autograd.
+
+    Written as separate products, the update would take a tensor as large as y to scale, another to add, and a second
+    gradient of x to add to W's. Here each is added in place to what is there. With h = x Aᵀ (n, rank) and the gradient
+    g of y, the gradients are
+
+        B: scaling · gᵀ h        A: scaling · (g B)ᵀ x        x: g W + scaling · (g B) A
+
+    and that of x is left out where nothing below is trained.
+
+    Shapes: x (n, in), A (rank, in), B (out, rank), all in one dtype; y (n, out).
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, base, scaling):
+        h = x @ A.T
+        ctx.save_for_backward(x, A, B, h)
+        ctx.base, ctx.scaling = base, scaling
+        if isinstance(base, QuantizedLinear):
+            y = base.product(x)
+        else:
+            y = F.linear(x, base.weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+        return y.addmm_(h, B.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, A, B, h = ctx.saved_tensors
+        to_h = ctx.scaling * (g @ B)
+        to_B = ctx.scaling * (h.T @ g).T  # (gᵀ h) in the faster order
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            base = ctx.base
+            to_x = base.gradient(g) if isinstance(base, QuantizedLinear) else g @ base.weight.to(g.dtype)
+            to_x.addmm_(to_h, A)
+        return to_x, to_h.T @ x, to_B, None, None
 
 
 class LoRALayer(nn.Module):
@@ -419,12 +540,14 @@ class LoRALayer(nn.Module):
         return self.lora_A, self.lora_B
 
     def forward(self, x):
-        y = self.base(x)
         if self.merged:
-            return y
-        A, B = (matrix.to(y.dtype) for matrix in self.low_rank())
-        hidden = F.linear(self.dropout(x).to(y.dtype), A)  # (..., rank)
-        return y + F.linear(self.scaling * hidden, B)
+            return self.base(x)
+        x = as_multiplied(x)
+        A, B = (matrix.to(x.dtype) for matrix in self.low_rank())
+        if self.training and self.dropout.p:  # the update sees another x than the base
+            return self.base(x) + self.scaling * F.linear(F.linear(self.dropout(x), A), B)
+        y = AdaptedProduct.apply(x.reshape(-1, x.shape[-1]), A, B, self.base, self.scaling)
+        return y.view(*x.shape[:-1], -1)
 
     def delta_weight(self):
         """The update that the layer adds to its base's weight: scaling · B A, of shape (out, in), in float32."""
@@ -658,26 +781,6 @@ def find_model(model_name="auto", announce=True):
     return checkpoint
 
 
-def dtype_and_attention():
-    """What this machine computes frozen weights in, and with which of transformers' attentions.
-
-    bfloat16 where the machine multiplies in it, at half the memory of float32; float32
-    elsewhere, and in doubt. On the CPU plain attention ("eager"), since the fused one has a very slow backward in
-    bfloat16 there. This function is the only place that asks the machine.
-
-    Returns:
-        (torch.dtype, "eager" or "sdpa")
-    """
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return (torch.bfloat16 if native else torch.float32), "sdpa"
-    # ATEN_CPU_CAPABILITY can hold PyTorch to an older instruction set
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = wide and any(getattr(torch.cpu, check, bool)() for check in checks)
-    return (torch.bfloat16 if native else torch.float32), "eager"
-
-
 def match_targets(names, target_modules):
     """The names of the linear layers that `target_modules` means, in the model's order; PEFT's rules.
 
@@ -756,7 +859,7 @@ class LoRABertModel(nn.Module):
         config = copy.deepcopy(self.checkpoint_config)
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
         config.classifier_dropout = None
-        best_dtype, config._attn_implementation = dtype_and_attention()
+        best_dtype, config._attn_implementation, _ = native_arithmetic()
         with torch.device("meta"):  # shapes alone, to refuse a wrong target or rank before any weights are loaded
             self.model = BertForSequenceClassification(config)
         linear = [name for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear) and name != HEAD]
@@ -783,14 +886,26 @@ class LoRABertModel(nn.Module):
         Raises:
             ValueError: for a label that is not one of 0..num_labels-1.
         """
-        encoded = self.model.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        logits = self.model.classifier(encoded.pooler_output.to(self.model.classifier.weight.dtype)).float()
+        pooled = self.encode(input_ids, attention_mask, token_type_ids)
+        logits = self.model.classifier(pooled.to(self.model.classifier.weight.dtype)).float()
         loss = None
         if labels is not None:
             if labels.min() < 0 or labels.max() >= logits.shape[-1]:
                 raise ValueError(f"labels are {labels.unique().tolist()}: allowed are 0 to {logits.shape[-1] - 1}")
             loss = F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def encode(self, input_ids, attention_mask=None, token_type_ids=None):
+        """What BERT's pooler gives of each sentence, (batch, width), as `self.model.bert` does with every row."""
+        bert, mask = self.model.bert, None
+        hidden = bert.embeddings(input_ids, token_type_ids)
+        if attention_mask is not None and not attention_mask.all():
+            mask = torch.zeros_like(attention_mask, dtype=hidden.dtype)
+            mask = mask.masked_fill(attention_mask == 0, torch.finfo(hidden.dtype).min)[:, None, None]
+        *blocks, last = bert.encoder.layer
+        for block in blocks:
+            hidden = block(hidden, mask)
+        return bert.pooler(first_row(last, hidden, mask))
 
     def print_trainable_parameters(self):
         """Print how many parameters are trained, of how many, and the percentage.
@@ -885,6 +1000,23 @@ class LoRABertModel(nn.Module):
         plain = BertForSequenceClassification(copy.deepcopy(self.checkpoint_config))
         plain.load_state_dict(weights)
         return plain.to(self.model.device).eval()
+
+
+def first_row(block, hidden, mask):
+    """The first row ([CLS]) of what a block gives, (batch, 1, width): all that the pooler reads of the last block.
+
+    Keys and values are those of every row of `hidden` (batch, tokens, width); the rest sees one row alone.
+    """
+
+    def heads(x):
+        return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    attention, row = block.attention.self, hidden[:, :1].contiguous()  # or each product below would copy it
+    query, key, value = heads(attention.query(row)), heads(attention.key(hidden)), heads(attention.value(hidden))
+    scores = query @ key.transpose(-1, -2) * attention.scaling
+    shares = attention.dropout((scores if mask is None else scores + mask).softmax(-1))
+    context = (shares @ value).transpose(1, 2).flatten(2)
+    return block.feed_forward_chunk(block.attention.output(context, row))
 
 
 class qLoRABertModel(LoRABertModel):

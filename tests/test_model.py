@@ -8,7 +8,7 @@ from conftest import randomise
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lora_utils import LoRABertModel, LoRALayer, dtype_and_attention
+from lora_utils import LoRABertModel, LoRALayer, native_arithmetic
 
 TARGETS = [("query", "value"), ["dense"], "all-linear", r".*\.1\.attention\.self\.(query|key)"]
 
@@ -106,16 +106,41 @@ def test_the_backbones_dropout_is_off_and_loras_is_the_argument(bert, batch):
 
 
 def test_frozen_weights_are_stored_in_the_machines_dtype_or_the_one_asked_for(bert):
-    for asked, stored in ((None, dtype_and_attention()[0]), (torch.bfloat16, torch.bfloat16)):
+    for asked, stored in ((None, native_arithmetic().dtype), (torch.bfloat16, torch.bfloat16)):
         model = LoRABertModel(str(bert), dtype=asked)
         assert {p.dtype for p in model.parameters() if not p.requires_grad} == {stored}
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_an_older_instruction_set_means_float32(monkeypatch):
+SERVER = {"avx2": True, "avx512_vnni": True, "avx512_bf16": True, "l2_cache_size": 1}
+LAPTOP = {"avx2": True, "avx_vnni": True}
+
+
+@pytest.mark.parametrize(
+    "able, aten, held_to, dtype, int8",
+    [
+        (SERVER, "AVX512", "", torch.bfloat16, False),
+        (SERVER | {"avx512_bf16": False, "amx_bf16": True}, "AVX512", "", torch.bfloat16, False),
+        (SERVER, "AVX512", "AVX512_CORE_BF16", torch.bfloat16, False),
+        (SERVER, "AVX512", "avx512_core_vnni", torch.float32, True),
+        (SERVER, "AVX512", "AVX512_CORE", torch.float32, False),
+        (SERVER, "AVX2", "AVX2", torch.float32, False),
+        (SERVER, "AVX2", "", torch.float32, False),  # PyTorch alone held back
+        (SERVER, "AVX2", "AVX2_VNNI", torch.float32, False),  # which this one does not have
+        (SERVER | {"avx_vnni": True}, "AVX2", "AVX2_VNNI", torch.float32, True),
+        (SERVER | {"avx512_bf16": False}, "AVX512", "", torch.float32, True),
+        (LAPTOP, "AVX2", "", torch.float32, True),
+        (LAPTOP | {"avx_vnni": False}, "AVX2", "", torch.float32, False),
+        ({"architecture": "aarch64", "bf16": True, "i8mm": True}, "DEFAULT", "", torch.float32, False),  # in doubt
+        ({}, "DEFAULT", "", torch.float32, False),
+    ],
+)
+def test_the_machine_decides_on_bf16_and_on_int8_arithmetic(monkeypatch, able, aten, held_to, dtype, int8):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert dtype_and_attention() == (torch.float32, "eager")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: aten)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held_to)
+    assert native_arithmetic() == (dtype, "eager", int8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,183 @@
+"""Every fast path computes what the formula says, in float64: outputs and gradients, by their relative error."""
+
+import pytest
+import torch
+from conftest import randomise
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from lora_utils import Arithmetic, LoRABertModel, LoRALayer, QuantizedLinear, QuantizedLoRALayer, qLoRABertModel
+
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+BASES = [None, 8, 4]
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def frozen(base_bits, dtype, bias=True, inputs=128, outputs=48):
+    """(a frozen layer, its exact weight and bias in float64)."""
+    torch.manual_seed(0)
+    linear = nn.Linear(inputs, outputs, bias, dtype=dtype).requires_grad_(False)
+    base = linear if base_bits is None else QuantizedLinear(linear, base_bits)
+    weight = linear.weight if base_bits is None else base.dequantize()
+    return base, weight.double(), linear.bias.double() if bias else torch.zeros(outputs).double()
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 5)], ids=str)
+@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize("base_bits", BASES)
+@pytest.mark.parametrize("layer_class", [LoRALayer, QuantizedLoRALayer])
+def test_an_adapted_layer_and_its_gradients_are_those_of_the_formula(layer_class, base_bits, dtype, shape):
+    base, W, b = frozen(base_bits, dtype)
+    layer = layer_class(base, rank=4, alpha=6)
+    nn.init.normal_(layer.lora_B, std=0.3)
+    x = torch.randn(*shape, 128, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    weights = torch.randn_like(y)
+    (y * weights).sum().backward()
+
+    x64, A, B = (t.detach().double().requires_grad_() for t in (x, *layer.low_rank()))
+    expected = x64 @ W.T + b + 6 / 4 * x64 @ A.T @ B.T
+    (expected * weights.double()).sum().backward()
+    assert y.dtype == dtype and y.shape == expected.shape
+    pairs = ((y, expected), (x.grad, x64.grad), (layer.lora_A.grad, A.grad), (layer.lora_B.grad, B.grad))
+    for found, exact in pairs:
+        assert relative_error(found, exact) < ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_layer_computes_and_differentiates_with_its_decoded_weight(bits, dtype, bias):
+    layer, W, b = frozen(bits, dtype, bias)
+    x = torch.randn(2, 3, 128, dtype=dtype, requires_grad=True)
+    y, weights = layer(x), torch.randn(2, 3, 48, dtype=dtype)
+    (y * weights).sum().backward()
+    assert y.dtype == dtype
+    assert relative_error(y, x.double() @ W.T + b) < ALLOWED[dtype]
+    assert relative_error(x.grad, weights.double() @ W) < ALLOWED[dtype]
+    assert layer(x.detach()).requires_grad is False
+
+
+def test_in_float16_an_8_bit_weight_does_not_overflow():
+    layer, *_ = frozen(8, torch.float16, inputs=1024)
+    x = torch.full((3, 1024), 60.0, dtype=torch.float16)
+    layer.codes.fill_(127)  # sums of integers reach 7.8 million, and float16 ends at 65,504
+    assert layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_int8_arithmetic_is_the_product_of_the_rounded_numbers(adapted, bias):
+    base, W, b = frozen(8, torch.float32, bias, inputs=384)
+    base.int8_arithmetic = True
+    layer = LoRALayer(base, rank=4) if adapted else base
+    x = torch.randn(2, 9, 384)
+    x[0, 0] = 0
+    x[1, 1] *= 1e30
+    x.requires_grad_()
+    y = layer(x)
+    t = x.detach().abs().amax(-1, keepdim=True) / 127
+    rounded = torch.where(t > 0, (x.detach() / t).round() * t, 0).double()
+    assert relative_error(y[0], (rounded @ W.T + b)[0]) < 1e-5
+    assert relative_error(y[1], (rounded @ W.T + b)[1]) < 1e-5
+    assert 0 < relative_error(y[0], (x.double() @ W.T + b)[0]) < 0.02  # it does round
+    g = torch.randn_like(y)
+    y.backward(g)
+    assert relative_error(x.grad, g.double() @ W) < 1e-5  # the gradient of the exact product
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_int8_arithmetic_is_for_float32_alone(dtype):
+    base, _, _ = frozen(8, dtype)
+    x = torch.randn(5, 128, dtype=dtype)
+    plain = base(x)
+    base.int8_arithmetic = True
+    assert torch.equal(base(x), plain)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_layer_takes_int8_arithmetic_where_the_machine_does_and_for_8_bits_alone(monkeypatch, has_it):
+    monkeypatch.setattr("lora_utils.native_arithmetic", lambda: Arithmetic(torch.float32, "eager", has_it))
+    assert frozen(8, torch.float32)[0].int8_arithmetic == has_it
+    assert frozen(4, torch.float32)[0].int8_arithmetic is False
+
+
+def model_of(folder, base_bits, dtype):
+    if base_bits is None:
+        return LoRABertModel(str(folder), rank=4, dtype=dtype)
+    return qLoRABertModel(str(folder), rank=4, base_bits=base_bits, dtype=dtype)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize("base_bits", BASES)
+def test_the_first_row_alone_gives_the_logits_and_gradients_of_all_rows(bert, batch, base_bits, dtype, padded):
+    model = randomise(model_of(bert, base_bits, dtype))
+    if not padded:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    labels = batch.pop("labels")
+    loss = model(**batch, labels=labels).loss
+    loss.backward()
+    fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    pooled = model.model.bert(**batch).pooler_output  # every row, by transformers
+    plain = nn.functional.cross_entropy(model.model.classifier(pooled.float()), labels)
+    plain.backward()
+    assert abs(loss - plain) < ALLOWED[dtype] * plain
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert relative_error(fast[name], p.grad) < (1e-4 if dtype == torch.float32 else 0.2), name
+
+
+def test_a_model_of_one_block_and_one_token_computes_the_same(bert, batch, tmp_path):
+    config = BertConfig.from_pretrained(bert, num_hidden_layers=1)
+    BertModel(config).save_pretrained(tmp_path)
+    model = randomise(LoRABertModel(str(tmp_path), rank=4, dtype=torch.float32)).eval()
+    for tokens in (1, 9):
+        ids, mask = batch["input_ids"][:, :tokens], batch["attention_mask"][:, :tokens]
+        plain = model.model(ids, attention_mask=mask).logits
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_block_computes_no_row_that_is_not_read(bert, batch):
+    model = LoRABertModel(str(bert), rank=4, dtype=torch.float32)
+    last, shapes = model.model.bert.encoder.layer[-1], {}
+    for name, module in last.named_modules():
+        module.register_forward_hook(lambda _, args, y, name=name: shapes.update({name: tuple(y.shape)}))
+    model(**batch)
+    assert shapes["attention.self.key"] == shapes["attention.self.value"] == (3, 9, 64)
+    assert shapes["attention.self.query"] == shapes["attention.output"] == shapes["output"] == (3, 1, 64)
+    assert shapes["intermediate"] == (3, 1, 128)
+
+
+def test_nothing_below_the_lowest_adapted_layer_gets_a_gradient(bert, batch):
+    model = randomise(qLoRABertModel(str(bert), rank=4, base_bits=8, dtype=torch.float32))
+    asked = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            exact = module.gradient
+            module.gradient = lambda g, name=name, exact=exact: asked.append(name) or exact(g)
+    model(**batch).loss.backward()
+    # of the lowest block's query, key and value no gradient goes further down; every other layer hands one on
+    expected = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    lowest = "model.bert.encoder.layer.0.attention.self."
+    assert sorted(asked) == sorted(name for name in expected if not name.startswith(lowest))
+
+
+def test_the_fused_adamw_steps_as_the_plain_one_does(bert, batch):
+    losses = {}
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = LoRABertModel(str(bert), rank=4, dtype=torch.float32)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused)
+        losses[fused] = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            losses[fused].append(loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
