@@ -294,35 +294,33 @@ class QuantizedWeight(nn.Module):
             "dynamic": dynamic.view(torch.int32),
         }
 
-    def _scales(self, blocks):
-        """The scales of the NF4 blocks with these numbers, float32."""
-        code = self.dynamic.view(torch.float32)[self.scale_codes[blocks].int()]
-        scales = code * self.absmax.view(torch.float32)[blocks // self.BLOCKS_OF_SCALES]
-        return (scales + self.offset.view(torch.float32)).clamp(max=torch.finfo(torch.float32).max)
-
-    def _nf4(self, codes, blocks, dtype):
-        """The values, in one row, of bytes that are these blocks: exact in float32, rounded on the way in 16 bits."""
+    def _nf4(self, codes, scale_codes, absmax, dtype):
+        """The values, in one row, of bytes, given the scales of their blocks: exact in float32, rounded in 16 bits."""
+        scales = self.dynamic.view(torch.float32).index_select(0, scale_codes.int()).mul_(absmax)
+        scales.add_(self.offset.view(torch.float32)).clamp_(max=torch.finfo(torch.float32).max)
         pairs, in_16_bits = self.pairs, dtype.itemsize == 2
         if in_16_bits:
             pairs = pairs.view(torch.float32).to(dtype).view(torch.int32)
         values = pairs.index_select(0, codes.flatten().int())  # two values a byte, looked up at once
         values = values.view(dtype if in_16_bits else torch.float32)
-        values = F.pad(values, (0, len(blocks) * self.BLOCK - len(values))).view(-1, self.BLOCK)
-        return (values * self._scales(blocks).to(values.dtype)[:, None]).flatten().to(dtype)
+        if len(values) % self.BLOCK:
+            values = F.pad(values, (0, -len(values) % self.BLOCK))
+        values.view(-1, self.BLOCK).mul_(scales.to(values.dtype)[:, None])
+        return values.to(dtype)
 
     def _int8(self, codes, absmax, dtype):
         absmax = absmax.view(torch.float32)
         if dtype.itemsize == 2:
             return codes.to(dtype) * (absmax / 127).to(dtype)
-        return (codes * (absmax / 128) * (128 / 127)).to(
-            dtype
-        )  # to the bit codes · absmax · (1/127), which can overflow
+        # to the bit codes · absmax · (1/127), which can overflow
+        return (codes * (absmax / 128) * (128 / 127)).to(dtype)
 
     def dequantize(self, dtype=torch.float32):
         """The matrix that the codes stand for: exact in float32, rounded on the way in a 16-bit dtype."""
         if self.bits == 8:
             return self._int8(self.codes, self.absmax, dtype)
-        values = self._nf4(self.codes, torch.arange(len(self.scale_codes), device=self.codes.device), dtype)
+        absmax = self.absmax.view(torch.float32).repeat_interleave(self.BLOCKS_OF_SCALES)[: len(self.scale_codes)]
+        values = self._nf4(self.codes, self.scale_codes, absmax, dtype)
         return values[: math.prod(self.shape)].view(self.shape)
 
     def extra_repr(self):
@@ -429,8 +427,9 @@ class QuantizedEmbedding(QuantizedWeight):
             found = self._int8(self.codes.index_select(0, rows), self.absmax.index_select(0, rows), self.like.dtype)
         else:
             blocks = rows[:, None] * (width // self.BLOCK) + torch.arange(width // self.BLOCK, device=rows.device)
-            codes = self.codes.view(self.shape[0], -1).index_select(0, rows)
-            found = self._nf4(codes, blocks.flatten(), self.like.dtype)
+            codes, blocks = self.codes.view(self.shape[0], -1).index_select(0, rows), blocks.flatten()
+            absmax = self.absmax.view(torch.float32)[blocks // self.BLOCKS_OF_SCALES]
+            found = self._nf4(codes, self.scale_codes[blocks], absmax, self.like.dtype)
         return found.view(*ids.shape, width)
 
 
