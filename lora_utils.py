@@ -294,10 +294,18 @@ class QuantizedWeight(nn.Module):
             "dynamic": dynamic.view(torch.int32),
         }
 
-    def _nf4(self, codes, scale_codes, absmax, dtype):
-        """The values, in one row, of bytes, given the scales of their blocks: exact in float32, rounded in 16 bits."""
+    def _scales(self, blocks=slice(None)):
+        """The scales of the NF4 blocks with these numbers, float32."""
+        absmax, scale_codes = self.absmax.view(torch.float32), self.scale_codes[blocks]
+        if isinstance(blocks, slice):
+            absmax = absmax.repeat_interleave(self.BLOCKS_OF_SCALES)[: len(scale_codes)]
+        else:
+            absmax = absmax[blocks // self.BLOCKS_OF_SCALES]
         scales = self.dynamic.view(torch.float32).index_select(0, scale_codes.int()).mul_(absmax)
-        scales.add_(self.offset.view(torch.float32)).clamp_(max=torch.finfo(torch.float32).max)
+        return scales.add_(self.offset.view(torch.float32)).clamp_(max=torch.finfo(torch.float32).max)
+
+    def _nf4(self, codes, scales, dtype):
+        """The values, in one row, of bytes and the scales of their blocks: exact in float32, rounded in 16 bits."""
         pairs, in_16_bits = self.pairs, dtype.itemsize == 2
         if in_16_bits:
             pairs = pairs.view(torch.float32).to(dtype).view(torch.int32)
@@ -319,8 +327,7 @@ class QuantizedWeight(nn.Module):
         """The matrix that the codes stand for: exact in float32, rounded on the way in a 16-bit dtype."""
         if self.bits == 8:
             return self._int8(self.codes, self.absmax, dtype)
-        absmax = self.absmax.view(torch.float32).repeat_interleave(self.BLOCKS_OF_SCALES)[: len(self.scale_codes)]
-        values = self._nf4(self.codes, self.scale_codes, absmax, dtype)
+        values = self._nf4(self.codes, self._scales(), dtype)
         return values[: math.prod(self.shape)].view(self.shape)
 
     def extra_repr(self):
@@ -427,9 +434,8 @@ class QuantizedEmbedding(QuantizedWeight):
             found = self._int8(self.codes.index_select(0, rows), self.absmax.index_select(0, rows), self.like.dtype)
         else:
             blocks = rows[:, None] * (width // self.BLOCK) + torch.arange(width // self.BLOCK, device=rows.device)
-            codes, blocks = self.codes.view(self.shape[0], -1).index_select(0, rows), blocks.flatten()
-            absmax = self.absmax.view(torch.float32)[blocks // self.BLOCKS_OF_SCALES]
-            found = self._nf4(codes, self.scale_codes[blocks], absmax, self.like.dtype)
+            codes = self.codes.view(self.shape[0], -1).index_select(0, rows)
+            found = self._nf4(codes, self._scales(blocks.flatten()), self.like.dtype)
         return found.view(*ids.shape, width)
 
 
