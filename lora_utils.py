@@ -126,7 +126,7 @@ def quantize(x, bits):
 def nearest_levels(x, bits):
     """What `quantize` rounds to, as float32: the levels q + ½ (rows, n) and the scale (rows, 1)."""
     top = 2 ** (bits - 1) - 0.5  # the largest level
-    x = x.detach().float()
+    x = x.detach().float().contiguous()  # or a row would be summed in another order, and rounded in the last bit
     largest = x.abs().amax(-1, keepdim=True)
     unit = x / largest.where(largest > 0, 1)
     steps = torch.arange(10, 0, -1, device=x.device).view(-1, 1, 1) / (10 * top)
@@ -631,7 +631,12 @@ class QuantizedLoRALayer(LoRALayer):
         """A (rank, in) and B (out, rank) as their integers decode, with the gradient of A and B themselves."""
         if self.packed:
             return self._decoded("A", self.base.in_features), self._decoded("B", self.base.out_features).T
-        return FakeQuantize.apply(self.lora_A, self.bits), FakeQuantize.apply(self.lora_B.T, self.bits).T
+        A, B = self.lora_A, self.lora_B.T
+        if A.shape == B.shape:  # small as they are, both at once take half the time
+            A, B = FakeQuantize.apply(torch.cat([A, B]), self.bits).chunk(2)
+        else:
+            A, B = FakeQuantize.apply(A, self.bits), FakeQuantize.apply(B, self.bits)
+        return A, B.T
 
     def _decoded(self, name, width):
         codes, scales = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales").view(torch.float32)

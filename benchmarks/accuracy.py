@@ -148,7 +148,7 @@ def run(args, train_split, tests, seed):
             "n": result.n,
             "loss": round(result.loss, 4),
             "train_seconds": round(seconds, 1),
-            "machine": machine(model),
+            "machine": machine(next(model.model.bert.parameters()).dtype),
             "predictions": "".join(map(str, result.predictions)),
         }
 
@@ -160,13 +160,13 @@ def commit():
     return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
 
 
-def machine(model):
+def machine(frozen_dtype):
     """The machine class and the versions that made a number."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return {
         "device": device,
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "frozen_dtype": str(next(model.model.bert.parameters()).dtype).removeprefix("torch."),
+        "frozen_dtype": str(frozen_dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

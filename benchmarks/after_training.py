@@ -70,10 +70,11 @@ def main():
             for way in WAYS:
                 copied, error = rounded(model, way, bits)
                 result = lora_utils.evaluate(copied, loader)
+                about_machine = machine(next(model.model.bert.parameters()).dtype)
                 numbers = {"error": error, "accuracy": result.accuracy, "unrounded": unrounded, "n": result.n}
                 about = {"model": model.model_name, "data": validation.info.dataset_name, "seed": folder.name}
                 lines.append(
-                    {"way": way, "bits": bits, **numbers, **about, "machine": machine(model), "commit": at_commit}
+                    {"way": way, "bits": bits, **numbers, **about, "machine": about_machine, "commit": at_commit}
                 )
     Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines))
     for bits in (8, 4, 3, 2):

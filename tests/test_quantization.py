@@ -69,6 +69,18 @@ def test_rounding_what_was_rounded_changes_nothing(x, bits):
     assert torch.equal(q, again) and torch.equal(scale, same_scale)
 
 
+@pytest.mark.parametrize("width", [1, 64, 384, 768, 3072, 5000])
+@pytest.mark.parametrize("rank", [1, 8, 64])
+def test_a_row_is_rounded_the_same_alone_among_others_and_from_a_transposed_matrix(rank, width):
+    torch.manual_seed(rank)
+    A, B = torch.randn(rank, width), torch.randn(width, rank)
+    for bits in (2, 5, 8):
+        both = quantize(torch.cat([A, B.T]), bits)
+        for part, alone in enumerate((quantize(A, bits), quantize(B.T, bits), quantize(B.T.contiguous(), bits))):
+            rows = slice(0, rank) if part == 0 else slice(rank, None)
+            assert all(torch.equal(tensor[rows], same) for tensor, same in zip(both, alone, strict=True))
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_zeros_decode_to_zeros_and_a_constant_to_itself(bits):
     x = torch.tensor([[0.0] * 7, [3.0] * 7, [-1e-30] * 7])

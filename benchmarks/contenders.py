@@ -1,0 +1,311 @@
+"""What the benchmarks of speed and memory compare: a training step or a prediction, ours and the peers', one class.
+
+A `Way` says how; `Contender` builds it. The same sentences go to all: `sentences` draws them, `batches` makes them up.
+"""
+
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
+from accuracy import ROOT, commit, machine
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+
+sys.path.insert(0, str(ROOT))
+
+import lora_utils
+
+RESULTS = ROOT / "benchmarks" / "results"
+WINDOW = 50  # batches in which sentences are sorted by length, as `LengthBatches` does
+
+# The length in tokens of SST-2's training phrases at every 40th part of them, for where SST-2 is not at hand.
+SST2_LENGTHS = [3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 6, 7, 7, 8, 8, 8, 9, 9, 10, 10, 11, 11, 12, 13, 13, 14, 15, 16, 17, 18]
+SST2_LENGTHS += [19, 20, 22, 23, 25, 27, 30, 33, 39, 66]
+
+# How the environment holds PyTorch's libraries to an instruction set, and what the CPU must have for it.
+HELD = {
+    "AVX2": ({"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}, "avx2"),
+    "AVX2_VNNI": ({"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}, "avx_vnni"),
+    "AVX512_CORE_VNNI": ({}, "avx512_vnni"),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train or predict.
+
+    who: "ours", "PEFT", "transformers" (full fine-tuning, or a plain prediction), "torch.ao" (its dynamic int8), or
+        "products" (the frozen matrix products alone).
+    batches: "like length", "random" (each padded to its longest), or "to 128" (random, padded to 128 tokens).
+    base: of the frozen weights None (as they are), 8 or 4 bits: bitsandbytes' for PEFT, ours for ours.
+    bits: of A and B, ours; None is unquantised LoRA.
+    stored: "float32", or "native": bfloat16 where the machine computes in it.
+    autocast: to bfloat16 where the machine computes in it.
+    """
+
+    who: str
+    batches: str = "like length"
+    attention: str = "eager"
+    dropout: float = 0.0
+    base: int | None = None
+    bits: int | None = None
+    rank: int = 8
+    stored: str = "native"
+    autocast: bool = False
+    all_rows: bool = False  # ours without the first-row path
+    fused: bool = True  # AdamW
+    compiled: bool = False
+    state: str = "unmerged"  # ours, for predictions: or "merged", "packed"
+
+
+OLDER = Way("transformers", "to 128", "sdpa", 0.1, stored="float32", fused=False)
+PEFT_STOCK = Way("PEFT", "random", "sdpa", 0.1, stored="float32", autocast=True, fused=False)
+PEFT_TUNED = Way("PEFT", "like length", "eager", 0.1, stored="float32", autocast=True, fused=False)
+OURS = Way("ours")
+
+
+def with_(way, **changes):
+    return Way(**{**vars(way), **changes})
+
+
+class Contender:
+    """A model that was built in one `Way`: `step(batch)` trains it once, `predict(batch)` asks it for logits."""
+
+    def __init__(self, way, folder):
+        self.way, self.native = way, lora_utils.native_arithmetic().dtype
+        self.dtype = self.native if way.stored == "native" else torch.float32
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model = {"ours": self._ours, "products": Products}.get(way.who, self._peers)(folder)
+        self.call = torch.compile(self.model) if way.compiled else self.model
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=way.fused) if trained else None
+
+    def _ours(self, folder):
+        options = {"rank": self.way.rank, "dtype": self.dtype}
+        if self.way.bits:
+            options |= {"bits": self.way.bits, "base_bits": self.way.base}
+        model = (lora_utils.qLoRABertModel if self.way.bits else lora_utils.LoRABertModel)(str(folder), **options)
+        for layer in model.lora_layers().values() if self.way.state == "merged" else ():
+            layer.merge()
+        if self.way.state == "packed":
+            model.pack()
+        return model.model if self.way.all_rows else model
+
+    def _peers(self, folder):
+        options = {"attn_implementation": self.way.attention, "dtype": self.dtype}
+        options |= {"hidden_dropout_prob": self.way.dropout, "attention_probs_dropout_prob": self.way.dropout}
+        if self.way.base:
+            options |= {"quantization_config": bitsandbytes_config(self.way.base, self.native), "device_map": "cpu"}
+        model = BertForSequenceClassification.from_pretrained(folder, **options)
+        if self.way.who == "torch.ao":
+            model = torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)
+        if self.way.who != "PEFT":
+            return model
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+        if self.way.base:  # without checkpointing, which would make it slower still
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        config = LoraConfig(
+            task_type="SEQ_CLS", r=self.way.rank, lora_alpha=2 * self.way.rank, target_modules=["query", "value"]
+        )
+        return get_peft_model(model, config)
+
+    def autocast(self):
+        if self.way.autocast and self.native == torch.bfloat16:
+            return torch.autocast("cpu", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def step(self, batch):
+        self.model.train()
+        with self.autocast():
+            output = self.call(**batch)
+        output.loss.backward()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    @torch.inference_mode()
+    def predict(self, batch):
+        self.model.eval()
+        self.call(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+
+
+def bitsandbytes_config(bits, dtype):
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["classifier"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["classifier"],
+    )
+
+
+class Products(nn.Module):
+    """The frozen products of an encoder alone, forward and by the input: what a step cannot do without, nearly."""
+
+    def __init__(self, folder):
+        super().__init__()
+        bert = BertModel.from_pretrained(folder, dtype=lora_utils.native_arithmetic().dtype)
+        self.weights = [module.weight.data for module in bert.encoder.modules() if isinstance(module, nn.Linear)]
+        widths = {weight.shape[1] for weight in self.weights}
+        self.inputs = {width: torch.randn(32 * 128, width, dtype=self.weights[0].dtype) for width in widths}
+
+    def forward(self, input_ids, **_):
+        self.gradients = [F.linear(self.inputs[w.shape[1]][: input_ids.numel()], w) for w in self.weights]
+        return SimpleNamespace(loss=SimpleNamespace(backward=self.backward))
+
+    def backward(self):
+        for weight in reversed(self.weights):
+            self.gradients.pop() @ weight
+
+
+# The sentences ------------------------------------------------------------------------------------
+
+
+def sentences(data, number=32 * WINDOW, seed=0):
+    """(lists of token ids, the name of the data): a draw from SST-2's training phrases, or from movie_phrases.
+
+    movie_phrases' own phrases are all short: their words are cut into pieces as long as SST-2's phrases are.
+    """
+    splits = lora_utils.load_sst2(data)
+    tokenizer = AutoTokenizer.from_pretrained(lora_utils.offline_model())
+    generator = torch.Generator().manual_seed(seed)
+    name, phrases = splits["train"].info.dataset_name, splits["train"]["sentence"]
+    if name == "SST-2":
+        drawn = torch.randperm(len(phrases), generator=generator)[:number].tolist()
+        return tokenizer([phrases[i] for i in drawn])["input_ids"], name
+    words = itertools.cycle(tokenizer(" ".join(phrases), add_special_tokens=False, verbose=False)["input_ids"])
+    quantiles, last = torch.tensor(SST2_LENGTHS, dtype=torch.float), len(SST2_LENGTHS) - 1
+    at = torch.rand(number, generator=generator) * last
+    below = at.long().clamp(max=last - 1)
+    lengths = (quantiles[below] + (quantiles[below + 1] - quantiles[below]) * (at - below)).round().int().tolist()
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return [[cls, *itertools.islice(words, n - 2), sep] for n in lengths], f"{name}, cut to SST-2's lengths"
+
+
+def batches(ids, way, number, size=32):
+    """`number` batches of the sentences in the order of a way.
+
+    Of the batches of like length every so many-th is taken, from short to long, and the sentences of just these are
+    shuffled for the other ways: all ways see the same sentences.
+    """
+    by_length = sorted(ids, key=len)
+    by_length = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+    taken = [by_length[int((i + 0.5) * len(by_length) / number)] for i in range(number)]
+    if way != "like length":
+        mixed = list(itertools.chain(*taken))
+        order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0)).tolist()
+        taken = [[mixed[j] for j in order[i : i + size]] for i in range(0, len(mixed), size)]
+    return [padded(batch, 128 if way == "to 128" else max(map(len, batch))) for batch in taken]
+
+
+def padded(batch, length):
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in batch])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch])
+    labels = torch.arange(len(batch)) % 2
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+# The models ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def checkpoint(model, layers=12):
+    """(the folder, the name) of "packaged", the 6-layer BERT, or of "bert-base", its shape with random weights."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if model == "packaged":
+        yield lora_utils.offline_model(), "all-MiniLM-L6-v2, 6 layers"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        BertModel(BertConfig(num_hidden_layers=layers)).save_pretrained(folder)
+        yield Path(folder), "the shape of BERT-base" + (f" with {layers} layers" if layers != 12 else "")
+
+
+# Measuring ----------------------------------------------------------------------------------------
+
+
+def alternate(contenders, calls, rounds, size=32):
+    """{name: [sentences a second, round by round]}: batch by batch all in turn, and in the other order the next time.
+
+    Args:
+        contenders: {name: (a function of a batch, its batches)}. One with fewer batches is called less often.
+    """
+    seconds = {name: [] for name in contenders}
+    for call, its_batches in contenders.values():  # warm up
+        call(its_batches[-1])
+    forward = True
+    for _ in range(rounds):
+        spent = dict.fromkeys(contenders, 0.0)
+        for i in range(calls):
+            for name in list(contenders) if forward else reversed(contenders):
+                call, its_batches = contenders[name]
+                if i < len(its_batches):
+                    start = time.perf_counter()
+                    call(its_batches[i])
+                    spent[name] += time.perf_counter() - start
+            forward = not forward
+        for name, (_, its_batches) in contenders.items():
+            seconds[name].append(spent[name] / len(its_batches[:calls]))
+        print(".", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
+    return {name: [size / each for each in values] for name, values in seconds.items()}
+
+
+def ratio(rates, over, under):
+    """(median, lower quartile, upper quartile) of a ratio, round by round."""
+    low, median, high = statistics.quantiles(
+        [a / b for a, b in zip(rates[over], rates[under], strict=True)], n=4, method="inclusive"
+    )
+    return median, low, high
+
+
+def arithmetic():
+    """What results are filed under: the set that the CPU is held to, or what it computes in."""
+    native = lora_utils.native_arithmetic()
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return held or ("BF16" if native.dtype == torch.bfloat16 else torch.backends.cpu.get_cpu_capability())
+
+
+def hold(to):
+    """Start this script again with the CPU held to an instruction set, if that is asked for and not so yet."""
+    if to and os.environ.get("ONEDNN_MAX_CPU_ISA") != to:
+        variables, needed = HELD[to]
+        if not torch.cpu.get_capabilities().get(needed):
+            raise SystemExit(f"this CPU lacks {needed}: it cannot be held to {to}")
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | variables | {"ONEDNN_MAX_CPU_ISA": to})
+
+
+def about():
+    """The machine class, versions and commit that go with every result."""
+    versions = {name: importlib.metadata.version(name) for name in ("peft", "bitsandbytes")}
+    versions["cpu"] = torch.cpu.get_capabilities().get("cpu_name", "?")
+    machine_class = machine(lora_utils.native_arithmetic().dtype) | versions
+    return {"arithmetic": arithmetic(), "machine": machine_class, "commit": commit()}
+
+
+def save(name, result):
+    file = RESULTS / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"saved {file.relative_to(ROOT)}")

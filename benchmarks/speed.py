@@ -1,0 +1,160 @@
+"""Sentences a second: ours and the peers in turn, on the same sentences.
+
+    python benchmarks/speed.py training               full fine-tuning, PEFT, PEFT with bitsandbytes, ours
+    python benchmarks/speed.py ablation               from PEFT as documented to ours, one technique at a time
+    python benchmarks/speed.py inference              one sentence, and batches of 32
+
+    --model packaged          the 6-layer BERT instead of the shape of BERT-base with random weights
+    --data folder             SST-2 (a folder); without it phrases of movie_phrases, cut to SST-2's lengths
+    --held-to AVX2            the CPU held to an instruction set: AVX2, AVX2_VNNI or AVX512_CORE_VNNI
+
+Batches of 32, rank 8, query and value. Every batch goes to all in turn, and the next one in the other order. A ratio is
+taken round by round; its median and its quartiles are printed, and saved with all rounds in benchmarks/results.
+Where the machine computes in bfloat16, PEFT runs under autocast to it; elsewhere all is float32.
+"""
+
+import argparse
+import statistics
+
+import torch
+from contenders import (
+    HELD,
+    OLDER,
+    OURS,
+    PEFT_STOCK,
+    PEFT_TUNED,
+    Contender,
+    Way,
+    about,
+    alternate,
+    batches,
+    checkpoint,
+    hold,
+    ratio,
+    save,
+    sentences,
+    with_,
+)
+
+import lora_utils
+
+TRAINING = {
+    "full fine-tuning, padded to 128": OLDER,
+    "PEFT": PEFT_STOCK,
+    "PEFT, tuned": PEFT_TUNED,
+    "PEFT, NF4 base": with_(PEFT_STOCK, base=4),
+    "PEFT, NF4 base, tuned": with_(PEFT_TUNED, base=4),
+    "PEFT, int8 base": with_(PEFT_STOCK, base=8),
+    "PEFT, int8 base, tuned": with_(PEFT_TUNED, base=8),
+    "the frozen products alone": Way("products"),
+    "LoRA": OURS,
+    "q-LoRA": with_(OURS, bits=8),
+    "q-LoRA, int8 base": with_(OURS, bits=8, base=8),
+    "q-LoRA, NF4 base": with_(OURS, bits=8, base=4),
+}
+TRAINING_RATIOS = [
+    ("LoRA", "full fine-tuning, padded to 128"),
+    ("LoRA", "PEFT"),
+    ("LoRA", "PEFT, tuned"),
+    ("LoRA", "the frozen products alone"),
+    ("q-LoRA", "LoRA"),
+    ("q-LoRA, NF4 base", "PEFT, NF4 base"),
+    ("q-LoRA, NF4 base", "PEFT, NF4 base, tuned"),
+    ("q-LoRA, int8 base", "PEFT, int8 base"),
+    ("q-LoRA, int8 base", "PEFT, int8 base, tuned"),
+    ("q-LoRA, int8 base", "LoRA"),
+    ("q-LoRA, NF4 base", "LoRA"),
+]
+
+# Each row has one thing more than the row before.
+ABLATION = {
+    "PEFT as documented": PEFT_STOCK,
+    "batches of like length": with_(PEFT_STOCK, batches="like length"),
+    "plain attention": PEFT_TUNED,
+    "the backbone's dropout off": with_(PEFT_TUNED, dropout=0.0),
+    "frozen weights in bfloat16, no autocast": with_(PEFT_TUNED, dropout=0.0, stored="native", autocast=False),
+    "an adapted layer in one step of autograd": with_(OURS, all_rows=True, fused=False),
+    "of the last block the first row alone": with_(OURS, fused=False),
+    "fused AdamW": OURS,
+}
+
+INFERENCE = {
+    "transformers, float32": Way("transformers", stored="float32", attention="sdpa"),
+    "transformers, bfloat16": Way("transformers", attention="sdpa"),
+    "torch.ao, dynamic int8": Way("torch.ao", stored="float32", attention="sdpa"),
+    "LoRA": OURS,
+    "LoRA, merged": with_(OURS, state="merged"),
+    "q-LoRA, packed": with_(OURS, bits=8, state="packed"),
+    "q-LoRA, int8 base": with_(OURS, bits=8, base=8),
+    "q-LoRA, NF4 base": with_(OURS, bits=8, base=4),
+}
+INFERENCE_RATIOS = [(name, "transformers, float32") for name in list(INFERENCE)[1:]]
+INFERENCE_RATIOS += [("q-LoRA, int8 base", "LoRA"), ("q-LoRA, int8 base", "torch.ao, dynamic int8")]
+
+
+def run(part, ways, ids, folder, args):
+    """Sentences a second of every way, round by round."""
+    if lora_utils.native_arithmetic().dtype != torch.bfloat16:
+        ways = {name: way for name, way in ways.items() if "bfloat16" not in name}
+    contenders = {}
+    for name, way in ways.items():
+        contender = Contender(way, folder)
+        if part == "inference, one sentence":
+            by_length = sorted(ids, key=len)
+            one = [[by_length[int((i + 0.5) * len(ids) / 20)]] for i in range(20)]
+            its_batches = [batches(sentence, "like length", 1)[0] for sentence in one]
+        else:
+            its_batches = batches(ids, way.batches, 1 if way == OLDER else args.batches)
+        contenders[name] = (contender.predict if part.startswith("inference") else contender.step, its_batches)
+    calls = max(len(its_batches) for _, its_batches in contenders.values())
+    return alternate(contenders, calls, args.rounds, size=1 if part == "inference, one sentence" else 32)
+
+
+def report(part, rates, ratios):
+    print(f"\n{part}: sentences a second, median (quartiles)")
+    for name, values in rates.items():
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        print(f"  {name:44}{median:9.2f}  ({low:.2f} to {high:.2f})")
+    print("ratios, median (quartiles)")
+    for over, under in ratios:
+        print("  {:44}{:9.3f}  ({:.3f} to {:.3f})".format(f"{over} ÷ {under}", *ratio(rates, over, under)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["training", "ablation", "inference"])
+    parser.add_argument("--model", choices=["bert-base", "packaged"], default="bert-base")
+    parser.add_argument("--data", default="auto")
+    parser.add_argument("--held-to", choices=list(HELD))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=5, help="a round, from short to long sentences")
+    parser.add_argument("--compile", action="store_true", help="ablation: ours through torch.compile as well")
+    args = parser.parse_args()
+    hold(args.held_to)
+    ids, data = sentences(args.data)
+    known = about()
+    parts = ["inference, one sentence", "inference, batches of 32"] if args.part == "inference" else [args.part]
+    with checkpoint(args.model) as (folder, model):
+        for part in parts:
+            ways = {"training": TRAINING, "ablation": ABLATION}.get(part, INFERENCE)
+            if part == "ablation" and args.compile:
+                ways = ways | {"torch.compile": with_(OURS, compiled=True)}
+            rates = run(part, ways, ids, folder, args)
+            names = list(rates)
+            ratios = {
+                "training": TRAINING_RATIOS,
+                "ablation": [*zip(names[1:], names[:-1], strict=True), (names[-1], names[0])],
+            }.get(part, INFERENCE_RATIOS)
+            ratios = [(over, under) for over, under in ratios if over in rates and under in rates]
+            machine = known["machine"]
+            print(f"\n{model}, {data}, {machine['device']}, {known['arithmetic']}, {machine['frozen_dtype']}")
+            report(part, rates, ratios)
+            name = f"speed/{part.replace(', ', '-').replace(' ', '-')}-{args.model}-{known['arithmetic'].lower()}"
+            named = [{"over": o, "under": u, "ratio": [round(r, 4) for r in ratio(rates, o, u)]} for o, u in ratios]
+            rounded = {name: [round(rate, 3) for rate in values] for name, values in rates.items()}
+            result = {"part": part, "model": model, "data": data, "batch": 32, "rank": 8, "rounds": args.rounds}
+            save(name, result | {"sentences_a_second": rounded, "ratios": named} | known)
+
+
+if __name__ == "__main__":
+    main()
