@@ -1,0 +1,109 @@
+"""Peak memory of a training run, each in a fresh process, beside what the ledger counts.
+
+    python benchmarks/memory.py [--model packaged] [--data folder]
+
+The peak is the largest resident set of the process, less what it holds after importing the libraries: weights, loading
+them, gradients, optimiser, activations, and what a step allocates and frees. The batches are the same sentences for
+all, the longest among them. The ledger counts what is held with the longest batch.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+
+from contenders import (
+    OLDER,
+    OURS,
+    PEFT_STOCK,
+    PEFT_TUNED,
+    Contender,
+    Way,
+    about,
+    batches,
+    checkpoint,
+    padded,
+    save,
+    sentences,
+    with_,
+)
+
+import lora_utils
+
+WAYS = {
+    "full fine-tuning, padded to 128": OLDER,
+    "PEFT": PEFT_STOCK,
+    "PEFT, tuned": PEFT_TUNED,
+    "PEFT, NF4 base": with_(PEFT_STOCK, base=4),
+    "PEFT, int8 base": with_(PEFT_STOCK, base=8),
+    "LoRA": OURS,
+    "q-LoRA": with_(OURS, bits=8),
+    "q-LoRA, int8 base": with_(OURS, bits=8, base=8),
+    "q-LoRA, NF4 base": with_(OURS, bits=8, base=4),
+}
+
+
+def in_this_process(spec):
+    """Train as the spec says, and print what it took as JSON."""
+    import peft  # noqa: F401  (what the peers import is no part of the peak either)
+
+    way = Way(**spec["way"])
+    if "tokens" in spec:
+        ids = [[101, *range(2000, 2000 + spec["tokens"] - 2), 102]] * 32
+        given = [padded(ids, spec["tokens"])]
+    else:
+        given = batches(spec["ids"], way.batches, spec["batches"])[: 2 if way == OLDER else None]
+    before = resident()
+    contender = Contender(way, spec["folder"])
+    for batch in given * (1 if "ids" in spec else 2):
+        contender.step(batch)
+    scale = 1 if sys.platform == "darwin" else 1024
+    result = {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale - before}
+    if way.who == "ours":
+        contender.model(**given[-1]).loss.backward()  # for the gradients
+        result["ledger"] = lora_utils.memory_ledger(contender.model, contender.optimizer, given[-1]).bytes()
+    print(json.dumps(result))
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def measure(way, folder, **spec):
+    """What `in_this_process` prints, from a fresh process."""
+    spec = json.dumps({"way": dataclasses.asdict(way), "folder": str(folder), **spec})
+    command = [sys.executable, __file__, "--spec-on-stdin"]
+    done = subprocess.run(command, input=spec, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["bert-base", "packaged"], default="bert-base")
+    parser.add_argument("--data", default="auto")
+    parser.add_argument("--batches", type=int, default=6, help="of 32 sentences, from short to long")
+    parser.add_argument("--spec-on-stdin", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.spec_on_stdin:
+        return in_this_process(json.load(sys.stdin))
+    ids, data = sentences(args.data)
+    with checkpoint(args.model) as (folder, model):
+        found = {name: measure(way, folder, ids=ids, batches=args.batches) for name, way in WAYS.items()}
+    print(f"\n{model}, {data}: megabytes above the libraries")
+    for name, result in found.items():
+        ledger = f", ledger {result['ledger'] / 1e6:7.1f}" if "ledger" in result else ""
+        share = result["peak"] / found["PEFT"]["peak"]
+        print(f"  {name:34}peak {result['peak'] / 1e6:7.1f}, of PEFT's {share:.2f}{ledger}")
+    known = about()
+    name = f"memory/memory-{args.model}-{known['arithmetic'].lower()}"
+    result = {"part": "memory", "model": model, "data": data, "batch": 32, "rank": 8}
+    save(name, result | {"bytes": found} | known)
+
+
+if __name__ == "__main__":
+    main()
