@@ -100,7 +100,7 @@ def main():
         share = result["peak"] / found["PEFT"]["peak"]
         print(f"  {name:34}peak {result['peak'] / 1e6:7.1f}, of PEFT's {share:.2f}{ledger}")
     known = about()
-    name = f"memory/memory-{args.model}-{known['arithmetic'].lower()}"
+    name = f"speed/memory-{args.model}-{known['arithmetic'].lower()}"
     result = {"part": "memory", "model": model, "data": data, "batch": 32, "rank": 8}
     save(name, result | {"bytes": found} | known)
 

@@ -1,0 +1,207 @@
+"""Write the tables of speed and memory into README.md and the notebooks, from the results in benchmarks/results.
+
+    python benchmarks/report.py             write them
+    python benchmarks/report.py --check     write nothing; name what would change, and end with 1 if anything would
+
+A table stands between `<!-- name -->` and `<!-- /name -->`; `TABLES` below has the names.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "speed"
+FILES = ["README.md", "LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
+
+# The kinds of machine that results are filed under, and how a reader knows them.
+MACHINES = {
+    "bf16": "bfloat16",
+    "avx512_core_vnni": "held to AVX512_CORE_VNNI, float32",
+    "avx2_vnni": "AVX2_VNNI, float32",
+    "avx2": "AVX2, float32",
+}
+MODELS = {"bert-base": "BERT-base's shape", "packaged": "the 6-layer BERT"}
+
+
+def results(part, models=MODELS):
+    """{(model, machine): result} of those that there are, in order."""
+    found = {}
+    for model in models:
+        for machine in MACHINES:
+            file = RESULTS / f"{part}-{model}-{machine}.json"
+            if file.exists():
+                found[model, machine] = json.loads(file.read_text())
+    return found
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value):
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def spread(values):
+    median, low, high = values
+    return f"{number(median)} ({number(low)} to {number(high)})"
+
+
+def made_on(found):
+    """One sentence: machine class, versions, data, rounds."""
+    said = dict.fromkeys(
+        "{device} ({cpu}), torch {torch}, transformers {transformers}, peft {peft}, bitsandbytes {bitsandbytes}".format(
+            **result["machine"]
+        )
+        + f"; {result['data']}"
+        + (f"; {result['rounds']} rounds" if "rounds" in result else "")
+        for result in found.values()
+    )
+    return "Made on " + "; and on ".join(said) + "."
+
+
+def missing(found):
+    measured = {machine for _, machine in found}
+    names = [name.partition(",")[0].removeprefix("held to ") for key, name in MACHINES.items() if key not in measured]
+    if not names:
+        return ""
+    return f" Not measured yet, since no machine with them was at hand: {', '.join(names)}; `make bench` measures them."
+
+
+def columns(found):
+    return [f"{MODELS[model]}, {MACHINES[machine]}" for model, machine in found]
+
+
+def ratios(part):
+    """A row a ratio, a column a machine: medians with quartiles."""
+    found = results(part)
+    cells = {}
+    for key, result in found.items():
+        for entry in result["ratios"]:
+            cells.setdefault(f"{entry['over']} ÷ {entry['under']}", {})[key] = spread(entry["ratio"])
+    rows = [[name, *(cells[name].get(key, "") for key in found)] for name in cells]
+    header = ["ratio of sentences a second, median (quartiles)", *columns(found)]
+    return f"{table(header, rows)}\n\n{made_on(found)}{missing(found)}"
+
+
+def ablation():
+    """A row a technique: what it gives on top of the row before, and all together so far."""
+    found = results("ablation")
+    names = list(dict.fromkeys(name for result in found.values() for name in result["sentences_a_second"]))
+    rows = []
+    for name in names:
+        row = [name]
+        for result in found.values():
+            rates = result["sentences_a_second"]
+            first = next(iter(rates))
+            gain = {entry["over"]: spread(entry["ratio"]) for entry in result["ratios"][:-1]}.get(name, "")
+            so_far = name in rates and statistics.median(a / b for a, b in zip(rates[name], rates[first], strict=True))
+            row += [gain, number(so_far) if name in rates else ""]
+        rows.append(row)
+    header = ["one thing more a row"]
+    for column in columns(found):
+        header += [f"{column}: gain", "so far"]
+    return f"{table(header, rows)}\n\n{made_on(found)}{missing(found)}"
+
+
+def where_q_lora_is_faster():
+    """q-LoRA beside LoRA by machine, for a training step and for predictions: faster, slower, or neither."""
+    parts = {"training": "training step", "inference-batches-of-32": "prediction, batches of 32"}
+    found = {part: results(part, ["bert-base"]) for part in parts}
+    machines = list(dict.fromkeys(key for of_part in found.values() for key in of_part))
+    rows = []
+    for name in ("q-LoRA", "q-LoRA, int8 base", "q-LoRA, NF4 base"):
+        for part, title in parts.items():
+            cells = []
+            for key in machines:
+                entries = found[part].get(key, {}).get("ratios", [])
+                of_name = [e["ratio"] for e in entries if (e["over"], e["under"]) == (name, "LoRA")]
+                cells.append(f"{spread(of_name[0])}, {verdict(*of_name[0])}" if of_name else "")
+            if any(cells):
+                rows.append([name, title, *cells])
+    header = ["÷ LoRA", "of what", *columns(dict.fromkeys(machines))]
+    return f"{table(header, rows)}\n\n{made_on(found['training'])}{missing(found['training'])}"
+
+
+def verdict(median, low, high):
+    return "**faster**" if low > 1 else "**slower**" if high < 1 else "no difference seen"
+
+
+def memory():
+    found = results("memory")
+    names = list(next(iter(found.values()))["bytes"])
+    rows = []
+    for name in names:
+        row = [name]
+        for result in found.values():
+            of_name, peft = result["bytes"][name], result["bytes"]["PEFT"]["peak"]
+            ledger = f"{of_name['ledger'] / 1e6:.0f}" if "ledger" in of_name else ""
+            row += [f"{of_name['peak'] / 1e6:.0f}", f"{of_name['peak'] / peft:.2f}", ledger]
+        rows.append(row)
+    header = ["megabytes above the libraries"]
+    for column in columns(found):
+        header += [f"{column}: peak", "of PEFT's", "ledger"]
+    return f"{table(header, rows)}\n\n{made_on(found)}"
+
+
+def growth():
+    return " ".join(
+        f"A step at rank 64 takes {spread(result['rank 64 over rank 1'])} times as long as at rank 1 ({MACHINES[machine]})."
+        for (_, machine), result in results("growth").items()
+    )
+
+
+TABLES = {
+    "training speed": lambda: ratios("training"),
+    "prediction speed, one sentence": lambda: ratios("inference-one-sentence"),
+    "prediction speed, batches of 32": lambda: ratios("inference-batches-of-32"),
+    "where the speed comes from": ablation,
+    "where q-LoRA is faster": where_q_lora_is_faster,
+    "memory of a training run": memory,
+    "growth with rank": growth,
+}
+
+
+def filled(text):
+    """The text with every table between its marks made anew."""
+    for name, make in TABLES.items():
+        mark, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if mark in text:
+            before, _, rest = text.partition(mark)
+            text = f"{before}{mark}\n{make()}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    stale = []
+    for file in map(ROOT.joinpath, FILES):
+        if file.suffix == ".md":
+            old = file.read_text()
+            new = filled(old)
+            changed = new != old
+        else:
+            new = nbformat.read(file, as_version=4)
+            cells = [cell for cell in new.cells if cell.cell_type == "markdown"]
+            changed = any(filled(cell.source) != cell.source for cell in cells)
+            for cell in cells:
+                cell.source = filled(cell.source)
+        if changed:
+            stale.append(file.name)
+            if not args.check:
+                file.write_text(new) if file.suffix == ".md" else nbformat.write(new, file)
+    for name in stale:
+        print(f"{name}: {'its tables are not those of the results' if args.check else 'tables written'}")
+    return args.check and bool(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
