@@ -151,10 +151,25 @@ def memory():
 
 
 def growth():
-    return " ".join(
-        f"A step at rank 64 takes {spread(result['rank 64 over rank 1'])} times as long as at rank 1 ({MACHINES[machine]})."
-        for (_, machine), result in results("growth").items()
-    )
+    sentence = "A step at rank 64 takes {} times as long as at rank 1 ({})."
+    found = results("growth").items()
+    return " ".join(sentence.format(spread(result["rank 64 over rank 1"]), MACHINES[key[1]]) for key, result in found)
+
+
+def int8_accuracy():
+    lines = list(map(json.loads, (RESULTS.parent / "int8_arithmetic.jsonl").read_text().splitlines()))
+    rows = []
+    for where in dict.fromkeys(line["evaluated_on"] for line in lines):
+        group = [line for line in lines if line["evaluated_on"] == where]
+        plain, rounded = ([100 * line[key] for line in group] for key in ("plain", "int8"))
+        lost = [b - a for a, b in zip(plain, rounded, strict=True)]
+        cells = [f"{statistics.fmean(plain):.2f}", f"{statistics.fmean(rounded):.2f}"]
+        cells += [f"{statistics.fmean(lost):+.2f} ({min(lost):+.2f} to {max(lost):+.2f})"]
+        cells += [f"{sum(line['other_labels'] for line in group)} of {sum(line['n'] for line in group):,}"]
+        rows.append([f"{group[0]['n']:,} {where}", *cells])
+    header = ["evaluated on", "exact, %", "int8 arithmetic, %", "difference, points (range)", "other label"]
+    adapters = len({line["seed"] for line in lines})
+    return f"{table(header, rows)}\n\n{adapters} adapters (seeds), {lines[0]['model']}, {lines[0]['data']}."
 
 
 TABLES = {
@@ -165,6 +180,7 @@ TABLES = {
     "where q-LoRA is faster": where_q_lora_is_faster,
     "memory of a training run": memory,
     "growth with rank": growth,
+    "accuracy of int8 arithmetic": int8_accuracy,
 }
 
 

@@ -1,0 +1,74 @@
+"""What int8 arithmetic costs in accuracy: the same adapters on an 8-bit base, with activations rounded and without.
+
+    python benchmarks/accuracy.py --data folder --both --method qlora --bits 8 --base-bits 8 --seeds 0 1 2 \\
+        --adapters adapters/int8 --out int8.jsonl
+    python benchmarks/int8_arithmetic.py --data folder --adapters adapters/int8
+
+Evaluated on the validation sentences, and on the 2,000 phrases that `--both` holds out. One JSON line an adapter and set
+of sentences. On a CPU without instructions for it the integers are multiplied in float64, which gives the same sums.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from accuracy import HELD_OUT, ROOT, commit, hold_out, machine
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(ROOT))
+
+import lora_utils
+
+
+def in_float64(x, weight):
+    """What `torch._int_mm` gives: float64 has every integer up to 2^53."""
+    return (x.double() @ weight.double()).to(torch.int32)
+
+
+def evaluate(model, loader, int8_arithmetic):
+    for module in model.modules():
+        if isinstance(module, lora_utils.QuantizedLinear):
+            module.int8_arithmetic = int8_arithmetic
+    return lora_utils.evaluate(model, loader)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", required=True, help="a folder with one adapter a seed")
+    parser.add_argument("--data", default="auto")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "int8_arithmetic.jsonl"))
+    args = parser.parse_args()
+    if not lora_utils.native_arithmetic().int8:
+        torch._int_mm = in_float64
+    data, at_commit = lora_utils.load_sst2(args.data), commit()
+    sets = {
+        "validation": data["validation"],
+        "held-out training phrases": hold_out(data["train"], phrases=HELD_OUT)[1],
+    }
+    lines = []
+    for folder in sorted(Path(args.adapters).iterdir()):
+        model = lora_utils.qLoRABertModel.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(lora_utils.find_model(model.model_name, announce=False).folder)
+        for where, split in sets.items():
+            loader = lora_utils.make_loader(split, tokenizer, batch_size=64)
+            plain, rounded = (evaluate(model, loader, int8_arithmetic) for int8_arithmetic in (False, True))
+            others = sum(a != b for a, b in zip(plain.predictions, rounded.predictions, strict=True))
+            numbers = {"plain": plain.accuracy, "int8": rounded.accuracy, "other_labels": others, "n": plain.n}
+            numbers |= {"plain_loss": round(plain.loss, 5), "int8_loss": round(rounded.loss, 5)}
+            about = {"model": model.model_name, "data": data["train"].info.dataset_name, "seed": folder.name}
+            about |= {"evaluated_on": where, "machine": machine(torch.float32), "commit": at_commit}
+            lines.append(numbers | about)
+            print(json.dumps(numbers | {"seed": folder.name, "evaluated_on": where}), flush=True)
+    Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for where in sets:
+        group = [100 * (line["int8"] - line["plain"]) for line in lines if line["evaluated_on"] == where]
+        print(
+            f"{where}: int8 arithmetic {statistics.fmean(group):+.2f} points ({min(group):+.2f} to {max(group):+.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
