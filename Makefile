@@ -1,5 +1,6 @@
 # make run        install, execute both notebooks into outputs/, print their accuracies
 # make lab        the same environment in JupyterLab
+# make bench      measure speed and memory beside the peers, and write the tables (one or two hours)
 # make test       the default tests; make test-all adds the slow ones; make lint checks style
 PYTHON ?= python3
 VENV := .venv
@@ -22,6 +23,18 @@ lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Where an instruction set is missing, the script says so and goes on. SST2_DIR=folder make bench takes SST-2.
+bench: $(VENV)/installed-tests
+	for model in bert-base packaged; do \
+	    for part in training ablation inference; do $(BIN)/python benchmarks/speed.py $$part --model $$model || exit; done; \
+	    $(BIN)/python benchmarks/memory.py --model $$model || exit; \
+	done
+	for set in AVX2 AVX2_VNNI AVX512_CORE_VNNI; do \
+	    for part in training inference; do $(BIN)/python benchmarks/speed.py $$part --held-to $$set || exit; done; \
+	done
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/report.py
+
 # Execute the notebooks in place, to commit them: with real data, SST2_DIR=folder make notebooks
 notebooks: $(VENV)/installed
 	$(BIN)/python tests/run_notebook.py --in-place $(NOTEBOOKS)
@@ -36,4 +49,4 @@ $(VENV)/installed-tests: $(VENV)/installed tests/requirements.txt
 	$(BIN)/python -m pip install -r tests/requirements.txt
 	touch $@
 
-.PHONY: run lab test test-all lint notebooks
+.PHONY: run lab test test-all lint bench notebooks

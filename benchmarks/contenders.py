@@ -289,10 +289,11 @@ def arithmetic():
 
 def hold(to):
     """Start this script again with the CPU held to an instruction set, if that is asked for and not so yet."""
-    if to and os.environ.get("ONEDNN_MAX_CPU_ISA") != to:
+    if to and arithmetic() != to:
         variables, needed = HELD[to]
         if not torch.cpu.get_capabilities().get(needed):
-            raise SystemExit(f"this CPU lacks {needed}: it cannot be held to {to}")
+            print(f"left out: this CPU lacks {needed}, and cannot be held to {to}")
+            raise SystemExit
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | variables | {"ONEDNN_MAX_CPU_ISA": to})
 
 
