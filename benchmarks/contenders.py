@@ -289,10 +289,11 @@ def arithmetic():
 
 def hold(to):
     """Start this script again with the CPU held to an instruction set, if that is asked for and not so yet."""
-    if to and arithmetic() != to:
+    if to and os.environ.get("ONEDNN_MAX_CPU_ISA") != to:
         variables, needed = HELD[to]
-        if not torch.cpu.get_capabilities().get(needed):
-            print(f"left out: this CPU lacks {needed}, and cannot be held to {to}")
+        able = torch.cpu.get_capabilities().get(needed)
+        if not able or arithmetic() == to:
+            print(f"left out: {f'this CPU is {to} as it is' if able else f'this CPU lacks {needed}, and so {to}'}")
             raise SystemExit
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | variables | {"ONEDNN_MAX_CPU_ISA": to})
 

@@ -5,7 +5,7 @@
     python benchmarks/int8_arithmetic.py --data folder --adapters adapters/int8
 
 Evaluated on the validation sentences, and on the 2,000 phrases that `--both` holds out. One JSON line an adapter and
-set of sentences. On a CPU without instructions for it the integers are multiplied in float64, which gives the same sums.
+set of sentences. On a CPU without instructions for it integers are multiplied in float64, which gives the same sums.
 """
 
 import argparse
