@@ -28,12 +28,14 @@ sys.path.insert(0, str(ROOT))
 
 import lora_utils
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "speed"
 WINDOW = 50  # batches in which sentences are sorted by length, as `LengthBatches` does
 
-# The length in tokens of SST-2's training phrases at every 40th part of them, for where SST-2 is not at hand.
-SST2_LENGTHS = [3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 6, 7, 7, 8, 8, 8, 9, 9, 10, 10, 11, 11, 12, 13, 13, 14, 15, 16, 17, 18]
-SST2_LENGTHS += [19, 20, 22, 23, 25, 27, 30, 33, 39, 66]
+# How many of SST-2's training phrases have 0, 1, 2, ... tokens, for where SST-2 is not at hand.
+SST2_LENGTHS = [0, 0, 0, 1978, 5323, 6064, 5345, 4749, 4155, 3713, 3267, 2947, 2650, 2413, 2138, 1950, 1777]
+SST2_LENGTHS += [1661, 1515, 1373, 1285, 1132, 1106, 1046, 909, 820, 806, 733, 692, 628, 538, 491, 442, 448, 400]
+SST2_LENGTHS += [337, 304, 286, 242, 195, 203, 192, 155, 148, 130, 89, 82, 85, 73, 55, 42, 50, 40, 36, 19, 21]
+SST2_LENGTHS += [22, 15, 8, 6, 3, 2, 5, 5, 1, 2, 2]
 
 # How the environment holds PyTorch's libraries to an instruction set, and what the CPU must have for it.
 HELD = {
@@ -194,28 +196,29 @@ def sentences(data, number=32 * WINDOW, seed=0):
         drawn = torch.randperm(len(phrases), generator=generator)[:number].tolist()
         return tokenizer([phrases[i] for i in drawn])["input_ids"], name
     words = itertools.cycle(tokenizer(" ".join(phrases), add_special_tokens=False, verbose=False)["input_ids"])
-    quantiles, last = torch.tensor(SST2_LENGTHS, dtype=torch.float), len(SST2_LENGTHS) - 1
-    at = torch.rand(number, generator=generator) * last
-    below = at.long().clamp(max=last - 1)
-    lengths = (quantiles[below] + (quantiles[below + 1] - quantiles[below]) * (at - below)).round().int().tolist()
+    counts = torch.tensor(SST2_LENGTHS, dtype=torch.float)
+    lengths = counts.multinomial(number, replacement=True, generator=generator).tolist()
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     return [[cls, *itertools.islice(words, n - 2), sep] for n in lengths], f"{name}, cut to SST-2's lengths"
 
 
 def batches(ids, way, number, size=32):
-    """`number` batches of the sentences in the order of a way.
+    """`number` of the batches that a way makes of the sentences, as long on the mean as all of them.
 
-    Of the batches of like length every so many-th is taken, from short to long, and the sentences of just these are
-    shuffled for the other ways: all ways see the same sentences.
+    All ways start from the same sentences, but short and long ones cannot be in the same few batches of every way. So
+    every so many-th batch is taken, from the start that brings their mean length nearest to the mean of all.
     """
-    by_length = sorted(ids, key=len)
-    by_length = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-    taken = [by_length[int((i + 0.5) * len(by_length) / number)] for i in range(number)]
-    if way != "like length":
-        mixed = list(itertools.chain(*taken))
-        order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0)).tolist()
-        taken = [[mixed[j] for j in order[i : i + size]] for i in range(0, len(mixed), size)]
-    return [padded(batch, 128 if way == "to 128" else max(map(len, batch))) for batch in taken]
+    if way == "like length":
+        ordered = sorted(ids, key=len)
+    else:
+        ordered = [ids[i] for i in torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()]
+    cut = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    lengths = [128 if way == "to 128" else max(map(len, batch)) for batch in cut]
+    apart = len(cut) // number
+    choices = [list(range(start, len(cut), apart))[:number] for start in range(apart)]
+    mean = statistics.fmean(lengths)
+    taken = min(choices, key=lambda choice: abs(statistics.fmean(lengths[i] for i in choice) - mean))
+    return [padded(cut[i], lengths[i]) for i in taken]
 
 
 def padded(batch, length):
@@ -306,8 +309,7 @@ def about():
     return {"arithmetic": arithmetic(), "machine": machine_class, "commit": commit()}
 
 
-def save(name, result):
-    file = RESULTS / f"{name}.json"
+def save(file, result):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"saved {file.relative_to(ROOT)}")
+    print(f"saved {file}")

@@ -105,11 +105,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--draw", action="store_true")
     args = parser.parse_args()
-    name = f"speed/growth-bert-base-{arithmetic().lower()}"
+    name = f"growth-bert-base-{arithmetic().lower()}"
     if not args.draw:
         found, growth = grow(args.rounds)
         result = {"part": "growth", "model": "the shape of BERT-base", "batch": 32, "growth": found}
-        save(name, result | {"rank 64 over rank 1": growth} | about())
+        save(RESULTS / f"{name}.json", result | {"rank 64 over rank 1": growth} | about())
     draw(json.loads((RESULTS / f"{name}.json").read_text()), RESULTS / f"{name}.png")
 
 

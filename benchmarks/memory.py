@@ -13,12 +13,14 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 from contenders import (
     OLDER,
     OURS,
     PEFT_STOCK,
     PEFT_TUNED,
+    RESULTS,
     Contender,
     Way,
     about,
@@ -87,6 +89,7 @@ def main():
     parser.add_argument("--model", choices=["bert-base", "packaged"], default="bert-base")
     parser.add_argument("--data", default="auto")
     parser.add_argument("--batches", type=int, default=6, help="of 32 sentences, from short to long")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
     parser.add_argument("--spec-on-stdin", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.spec_on_stdin:
@@ -100,9 +103,9 @@ def main():
         share = result["peak"] / found["PEFT"]["peak"]
         print(f"  {name:34}peak {result['peak'] / 1e6:7.1f}, of PEFT's {share:.2f}{ledger}")
     known = about()
-    name = f"speed/memory-{args.model}-{known['arithmetic'].lower()}"
+    name = f"memory-{args.model}-{known['arithmetic'].lower()}.json"
     result = {"part": "memory", "model": model, "data": data, "batch": 32, "rank": 8}
-    save(name, result | {"bytes": found} | known)
+    save(args.out / name, result | {"bytes": found} | known)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Where the machine computes in bfloat16, PEFT runs under autocast to it; elsewher
 
 import argparse
 import statistics
+from pathlib import Path
 
 import torch
 from contenders import (
@@ -23,6 +24,7 @@ from contenders import (
     OURS,
     PEFT_STOCK,
     PEFT_TUNED,
+    RESULTS,
     Contender,
     Way,
     about,
@@ -128,6 +130,7 @@ def main():
     parser.add_argument("--held-to", choices=list(HELD))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=5, help="a round, from short to long sentences")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
     parser.add_argument("--compile", action="store_true", help="ablation: ours through torch.compile as well")
     args = parser.parse_args()
     hold(args.held_to)
@@ -149,11 +152,11 @@ def main():
             machine = known["machine"]
             print(f"\n{model}, {data}, {machine['device']}, {known['arithmetic']}, {machine['frozen_dtype']}")
             report(part, rates, ratios)
-            name = f"speed/{part.replace(', ', '-').replace(' ', '-')}-{args.model}-{known['arithmetic'].lower()}"
+            name = f"{part.replace(', ', '-').replace(' ', '-')}-{args.model}-{known['arithmetic'].lower()}.json"
             named = [{"over": o, "under": u, "ratio": [round(r, 4) for r in ratio(rates, o, u)]} for o, u in ratios]
             rounded = {name: [round(rate, 3) for rate in values] for name, values in rates.items()}
             result = {"part": part, "model": model, "data": data, "batch": 32, "rank": 8, "rounds": args.rounds}
-            save(name, result | {"sentences_a_second": rounded, "ratios": named} | known)
+            save(args.out / name, result | {"sentences_a_second": rounded, "ratios": named} | known)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""The benchmarks of speed compare like with like, and their results keep what is promised for the machines measured."""
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import contenders
+import pytest
+import report
+
+ROOT = Path(__file__).resolve().parents[1]
+IDS = [[101, *range(1000, 1000 + n), 102] for n in itertools.islice(itertools.cycle(range(1, 60)), 1600)]
+
+# What a ratio of sentences a second must reach: (part, machine): {(over, under): at least}
+MUST = {
+    ("training", "bf16"): {
+        ("LoRA", "full fine-tuning, padded to 128"): 42,
+        ("LoRA", "PEFT"): 4.2,
+        ("LoRA", "PEFT, tuned"): 1.5,
+        ("LoRA", "the frozen products alone"): 0.52,
+        ("q-LoRA", "LoRA"): 0.95,
+        ("q-LoRA, NF4 base", "PEFT, NF4 base"): 4.2,
+        ("q-LoRA, NF4 base", "PEFT, NF4 base, tuned"): 1.6,
+        ("q-LoRA, int8 base", "LoRA"): 0.88,
+        ("q-LoRA, NF4 base", "LoRA"): 0.77,
+    },
+    ("training", "avx2"): {("LoRA", "PEFT"): 3.0, ("LoRA", "PEFT, tuned"): 1.05},
+    ("training", "avx512_core_vnni"): {("q-LoRA, int8 base", "LoRA"): 1.25},
+    ("inference-batches-of-32", "avx512_core_vnni"): {("q-LoRA, int8 base", "LoRA"): 1.8},
+    ("training", "avx2_vnni"): {("q-LoRA, int8 base", "LoRA"): 1.1},
+    ("inference-batches-of-32", "avx2_vnni"): {("q-LoRA, int8 base", "LoRA"): 1.4},
+}
+
+
+def test_the_tables_in_readme_and_notebooks_are_those_of_the_results():
+    command = [sys.executable, ROOT / "benchmarks" / "report.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_check_sees_a_number_that_is_not_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert report.filled(text) == text
+    mark = "<!-- training speed -->"
+    changed = text.replace(mark, f"{mark}\n| 99 |")
+    assert changed != text and report.filled(changed) == text
+
+
+@pytest.mark.parametrize("name", report.TABLES)
+def test_every_table_stands_in_the_readme(name):
+    text = (ROOT / "README.md").read_text()
+    assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+
+
+def test_the_ratios_are_what_was_promised_for_the_machines_that_were_measured():
+    measured = 0
+    for (part, machine), promised in MUST.items():
+        for _, result in report.results(part, ["bert-base"]).items():
+            if result["arithmetic"].lower() == machine:
+                found = {(entry["over"], entry["under"]): entry["ratio"][0] for entry in result["ratios"]}
+                assert {pair: found[pair] for pair in promised if found[pair] < promised[pair]} == {}
+                measured += 1
+    assert measured
+
+
+def test_a_step_grows_by_15_percent_at_most_from_rank_1_to_64():
+    assert all(result["rank 64 over rank 1"][0] <= 1.15 for result in report.results("growth").values())
+
+
+def test_int8_arithmetic_costs_less_than_0_8_points():
+    file = ROOT / "benchmarks" / "results" / "int8_arithmetic.jsonl"
+    lines = list(map(json.loads, file.read_text().splitlines()))
+    for where in {line["evaluated_on"] for line in lines}:
+        group = [100 * (line["int8"] - line["plain"]) for line in lines if line["evaluated_on"] == where]
+        assert statistics.fmean(group) > -0.8 and len(group) >= 3
+
+
+def test_every_way_starts_from_the_same_sentences():
+    def rows(way):
+        of_way = contenders.batches(IDS, way, 50)
+        assert len(of_way) == 50 and all(len(batch["input_ids"]) == 32 for batch in of_way)
+        return sorted(
+            tuple(ids[mask.bool()].tolist())
+            for batch in of_way
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        )
+
+    assert rows("like length") == rows("random") == rows("to 128") == sorted(map(tuple, IDS))
+
+
+@pytest.mark.parametrize("number", [5, 6, 10])
+def test_a_few_batches_are_as_long_on_the_mean_as_all(number):
+    ids, _ = contenders.sentences("auto")
+    tokens = {}
+    for way in ("like length", "random", "to 128"):
+        few, every = (
+            statistics.fmean(batch["input_ids"].shape[1] for batch in contenders.batches(ids, way, n))
+            for n in (number, 50)
+        )
+        assert few == pytest.approx(every, rel=0.04)
+        tokens[way] = few
+    assert 2 * tokens["like length"] < tokens["random"] < tokens["to 128"] / 2
+
+
+def test_contenders_take_turns_in_alternating_order(capsys):
+    calls = []
+    rivals = {name: (lambda _, name=name: calls.append(name), [0, 1]) for name in "ABC"}
+    rates = contenders.alternate(rivals, 2, rounds=2)
+    assert "".join(calls) == "ABC" + "ABC" + "CBA" + "ABC" + "CBA"
+    assert all(len(values) == 2 for values in rates.values())
+
+
+def test_without_sst_2_the_phrases_are_as_long_as_its_own():
+    ids, name = contenders.sentences("auto")
+    assert len(ids) == 1600 and name == "movie_phrases, cut to SST-2's lengths"
+    assert 12.5 < statistics.fmean(map(len, ids)) < 14.7 and max(map(len, ids)) <= 66
+
+
+def test_a_cpu_is_not_held_to_what_it_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(contenders.torch.cpu, "get_capabilities", dict)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    with pytest.raises(SystemExit):
+        contenders.hold("AVX512_CORE_VNNI")
+    assert "this CPU lacks avx512_vnni" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["training", "ablation", "inference"])
+def test_the_benchmark_of_speed_runs(tmp_path, part):
+    command = [sys.executable, ROOT / "benchmarks" / "speed.py", part, "--model", "packaged", "--rounds", "2"]
+    done = subprocess.run([*command, "--batches", "1", "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for file in tmp_path.iterdir():
+        result = json.loads(file.read_text())
+        assert all(rate > 0 for rates in result["sentences_a_second"].values() for rate in rates)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_memory_runs_and_a_smaller_base_takes_less(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "memory.py", "--model", "packaged", "--batches", "2"]
+    done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())["bytes"]
+    assert found["q-LoRA, NF4 base"]["peak"] < found["LoRA"]["peak"] < found["full fine-tuning, padded to 128"]["peak"]
+    assert found["q-LoRA, NF4 base"]["ledger"] < found["LoRA"]["ledger"] < found["LoRA"]["peak"]
