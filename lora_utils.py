@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoConfig, BertForSequenceClassification, DataCollatorWithPadding
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -52,8 +53,8 @@ class Arithmetic(NamedTuple):
         float32, and in doubt.
     attention: which of transformers' attentions. On a CPU "eager", two plain products with a softmax in between, since
         the fused one has a very slow backward in bfloat16 there; on a GPU "sdpa".
-    int8: whether a frozen weight of 8 bits is multiplied in integers (`QuantizedLinear`): on a CPU without bfloat16
-        that has instructions for it (VNNI). Without those it is slower than float32.
+    int8: whether a frozen weight of 8 bits is multiplied in integers (`QuantizedLinear`): on a CPU with AVX512_VNNI and
+        without bfloat16. Elsewhere PyTorch 2.13 multiplies integers in a plain loop, many times slower than float32.
     """
 
     dtype: torch.dtype
@@ -66,12 +67,12 @@ def native_arithmetic():
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Arithmetic(torch.bfloat16 if native else torch.float32, "sdpa", int8=False)
-    able = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
-    able &= set(HELD_TO.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), able))
+    cpu = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
+    able = cpu & set(HELD_TO.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), cpu))
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):  # ATEN_CPU_CAPABILITY can hold PyTorch itself
         able &= {"avx_vnni"}
     native = bool(able & {"avx512_bf16", "amx_bf16"})
-    int8 = not native and bool(able & {"avx_vnni", "avx512_vnni"})
+    int8 = not native and "avx512_vnni" in cpu and bool(able & {"avx_vnni", "avx512_vnni"})
     return Arithmetic(torch.bfloat16 if native else torch.float32, "eager", int8)
 
 
@@ -294,13 +295,13 @@ class QuantizedWeight(nn.Module):
             "dynamic": dynamic.view(torch.int32),
         }
 
-    def _scales(self, blocks=slice(None)):
-        """The scales of the NF4 blocks with these numbers, float32."""
-        absmax, scale_codes = self.absmax.view(torch.float32), self.scale_codes[blocks]
-        if isinstance(blocks, slice):
+    def _scales(self, blocks=None):
+        """The scales of the NF4 blocks with these numbers, or of all, float32."""
+        absmax, scale_codes = self.absmax.view(torch.float32), self.scale_codes
+        if blocks is None:
             absmax = absmax.repeat_interleave(self.BLOCKS_OF_SCALES)[: len(scale_codes)]
         else:
-            absmax = absmax[blocks // self.BLOCKS_OF_SCALES]
+            absmax, scale_codes = absmax[blocks // self.BLOCKS_OF_SCALES], scale_codes[blocks]
         scales = self.dynamic.view(torch.float32).index_select(0, scale_codes.int()).mul_(absmax)
         return scales.add_(self.offset.view(torch.float32)).clamp_(max=torch.finfo(torch.float32).max)
 
@@ -335,9 +336,9 @@ class QuantizedWeight(nn.Module):
 
 
 def as_multiplied(x):
-    """x as a product takes it: where autocast is on, in its dtype."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    """x as a product takes it: where autocast is on, in its dtype (but for float64, which autocast leaves alone)."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
 
 
 class QuantizedLinear(QuantizedWeight):
@@ -356,8 +357,7 @@ class QuantizedLinear(QuantizedWeight):
         bits: 8 (int8 by row) or 4 (NF4).
 
     Attributes:
-        int8_arithmetic: set where the machine has instructions for it and none for bfloat16 (`native_arithmetic`); for
-            x in float32 on a CPU.
+        int8_arithmetic: set where `native_arithmetic` says so; for x in float32 on a CPU. May be set and unset.
 
     Shapes: x (..., in) to y (..., out), in the dtype of x.
 
@@ -414,7 +414,8 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return ctx.layer.gradient(gradient) if ctx.needs_input_grad[0] else None, None
+        with torch.autocast(gradient.device.type, enabled=False):
+            return ctx.layer.gradient(gradient) if ctx.needs_input_grad[0] else None, None
 
 
 class QuantizedEmbedding(QuantizedWeight):
@@ -460,26 +461,28 @@ class AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, B, base, scaling):
-        h = x @ A.T
-        ctx.save_for_backward(x, A, B, h)
-        ctx.base, ctx.scaling = base, scaling
+        h, W = x @ A.T, None
         if isinstance(base, QuantizedLinear):
             y = base.product(x)
         else:
-            y = F.linear(x, base.weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+            W = base.weight  # saved, so that a change before backward is noticed
+            y = F.linear(x, W.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+        ctx.save_for_backward(x, A, B, h, W)
+        ctx.base, ctx.scaling = base, scaling
         return y.addmm_(h, B.T, alpha=scaling)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
-        x, A, B, h = ctx.saved_tensors
-        to_h = ctx.scaling * (g @ B)
-        to_B = ctx.scaling * (h.T @ g).T  # (gᵀ h) in the faster order
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            base = ctx.base
-            to_x = base.gradient(g) if isinstance(base, QuantizedLinear) else g @ base.weight.to(g.dtype)
-            to_x.addmm_(to_h, A)
-        return to_x, to_h.T @ x, to_B, None, None
+        x, A, B, h, W = ctx.saved_tensors
+        with torch.autocast(g.device.type, enabled=False):
+            to_h = ctx.scaling * (g @ B)
+            to_B = ctx.scaling * (h.T @ g).T  # gᵀ h, in the faster order
+            to_x = None
+            if ctx.needs_input_grad[0]:
+                to_x = ctx.base.gradient(g) if W is None else g @ W.to(g.dtype)
+                to_x.addmm_(to_h, A)
+            return to_x, to_h.T @ x, to_B, None, None
 
 
 class LoRALayer(nn.Module):
@@ -516,8 +519,9 @@ class LoRALayer(nn.Module):
             raise ValueError(f"alpha is {alpha!r}: it must be a finite number above 0, such as 16")
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}: it must be a number from 0 up to, but below, 1")
-        if not isinstance(base, (nn.Linear, QuantizedLinear)):
-            raise ValueError(f"base is a {type(base).__name__}: LoRALayer wraps a linear layer that is not wrapped yet")
+        if type(base) not in (nn.Linear, QuantizedLinear):
+            allowed = "an nn.Linear (no class derived from it) or a QuantizedLinear, not wrapped yet"
+            raise ValueError(f"base is a {type(base).__name__}: LoRALayer wraps {allowed}")
         if rank > min(base.in_features, base.out_features):
             raise ValueError(
                 f"rank is {rank}: for a layer from {base.in_features} to {base.out_features} features "
@@ -549,10 +553,10 @@ class LoRALayer(nn.Module):
             return self.base(x)
         x = as_multiplied(x)
         A, B = (matrix.to(x.dtype) for matrix in self.low_rank())
-        if self.training and self.dropout.p:  # the update sees another x than the base
+        if self.dropout.training and self.dropout.p:  # the update sees another x than the base
             return self.base(x) + self.scaling * F.linear(F.linear(self.dropout(x), A), B)
         y = AdaptedProduct.apply(x.reshape(-1, x.shape[-1]), A, B, self.base, self.scaling)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], self.base.out_features)
 
     def delta_weight(self):
         """The update that the layer adds to its base's weight: scaling · B A, of shape (out, in), in float32."""
@@ -631,12 +635,13 @@ class QuantizedLoRALayer(LoRALayer):
         """A (rank, in) and B (out, rank) as their integers decode, with the gradient of A and B themselves."""
         if self.packed:
             return self._decoded("A", self.base.in_features), self._decoded("B", self.base.out_features).T
-        A, B = self.lora_A, self.lora_B.T
-        if A.shape == B.shape:  # small as they are, both at once take half the time
-            A, B = FakeQuantize.apply(torch.cat([A, B]), self.bits).chunk(2)
-        else:
-            A, B = FakeQuantize.apply(A, self.bits), FakeQuantize.apply(B, self.bits)
+        A, B = (part for rows in self._rows() for part in FakeQuantize.apply(rows, self.bits).split(self.rank))
         return A, B.T
+
+    def _rows(self):
+        """A and Bᵀ, whose rows are rounded; as one matrix where they are equally wide: both at once take less time."""
+        rows = [self.lora_A, self.lora_B.T]
+        return [torch.cat(rows)] if rows[0].shape == rows[1].shape else rows
 
     def _decoded(self, name, width):
         codes, scales = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales").view(torch.float32)
@@ -654,12 +659,14 @@ class QuantizedLoRALayer(LoRALayer):
         """
         if self.packed:
             return {name: getattr(self, name) for name in self.PACKED}
-        codes = {}
-        for name, rows in (("A", self.lora_A), ("B", self.lora_B.T)):
-            check_finite(f"lora_{name}", rows)
-            q, scale = quantize(rows, self.bits)
-            codes[f"{name}_codes"], codes[f"{name}_scales"] = pack(q, self.bits), scale.flatten().view(torch.int32)
-        return codes
+        check_finite("lora_A", self.lora_A)
+        check_finite("lora_B", self.lora_B)
+        rounded = [quantize(rows, self.bits) for rows in self._rows()]
+        (q_A, q_B), (scales_A, scales_B) = (
+            [part for tensor in tensors for part in tensor.split(self.rank)] for tensors in zip(*rounded, strict=True)
+        )
+        tensors = (pack(q_A, self.bits), scales_A, pack(q_B, self.bits), scales_B)
+        return {n: t if n.endswith("codes") else t.flatten().view(torch.int32) for n, t in zip(self.PACKED, tensors)}
 
     def pack(self):
         """Keep the integers and scales alone: ceil(n · bits / 8) bytes a matrix, and 4 a rank. They get no gradient."""
@@ -893,6 +900,8 @@ class LoRABertModel(nn.Module):
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None):
         """Logits (batch, num_labels) in float32 and, given labels (batch,), the mean cross-entropy loss in nats.
 
+        The other arguments are of shape (batch, tokens); the attention mask is 0 where a token is padding.
+
         Raises:
             ValueError: for a label that is not one of 0..num_labels-1.
         """
@@ -992,9 +1001,10 @@ class LoRABertModel(nn.Module):
         added in bf16 would be lost. A base stored in bf16 keeps its rounding; load with dtype=torch.float32 to
         merge into the checkpoint's own weights. Its dropout settings are restored. This model is left as it is.
 
-        A quantised base is decoded. To quantise the result again loses most of a small update: in NF4 some 3 % arrives
-        of one of 2 % of the weight's norm, 87 % of one of 10 % (`qLoRA_implementation.ipynb`, above its Figure 8), and
-        the weight is rounded twice. Merge into a float base, and quantise that once.
+        A quantised base is decoded, and int8 arithmetic ends with it. To quantise the result again loses most of a small
+        update: in NF4 some 3 % arrives of one of 2 % of the weight's norm, 87 % of one of 10 %
+        (`qLoRA_implementation.ipynb`, above its Figure 8), and the weight is rounded twice. Merge into a float base, and
+        quantise that once.
         """
         weights = {
             name: tensor.float()
@@ -1159,6 +1169,8 @@ def read_bert_config(checkpoint, num_labels):
     if not (checkpoint.folder / "config.json").is_file():
         raise ValueError(f"no config.json in the model folder {checkpoint.folder}: it must hold a BERT checkpoint")
     config = AutoConfig.from_pretrained(checkpoint.folder)
+    if config.model_type == "bert" and config.is_decoder:
+        raise ValueError(f"{checkpoint.name} is a decoder (is_decoder is true): allowed are BERTs that see all words")
     if config.model_type != "bert":
         raise ValueError(f"{checkpoint.name} is a {config.model_type!r} checkpoint: allowed are those of type 'bert'")
     config.num_labels = num_labels

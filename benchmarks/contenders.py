@@ -1,6 +1,7 @@
 """What the benchmarks of speed and memory compare: a training step or a prediction, ours and the peers', one class.
 
-A `Way` says how; `Contender` builds it. The same sentences go to all: `sentences` draws them, `batches` makes them up.
+A `Way` says how, and `Contender` builds it. `sentences` draws the sentences, the same for all, and `batches` makes them
+up into batches in the order of each way.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import lora_utils
 
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
-WINDOW = 50  # batches in which sentences are sorted by length, as `LengthBatches` does
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # How many of SST-2's training phrases have 0, 1, 2, ... tokens, for where SST-2 is not at hand.
 SST2_LENGTHS = [0, 0, 0, 1978, 5323, 6064, 5345, 4749, 4155, 3713, 3267, 2947, 2650, 2413, 2138, 1950, 1777]
@@ -79,20 +80,17 @@ PEFT_TUNED = Way("PEFT", "like length", "eager", 0.1, stored="float32", autocast
 OURS = Way("ours")
 
 
-def with_(way, **changes):
-    return Way(**{**vars(way), **changes})
-
-
 class Contender:
     """A model that was built in one `Way`: `step(batch)` trains it once, `predict(batch)` asks it for logits."""
 
-    def __init__(self, way, folder):
+    def __init__(self, way, folder, training=True):
         self.way, self.native = way, lora_utils.native_arithmetic().dtype
         self.dtype = self.native if way.stored == "native" else torch.float32
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.model = {"ours": self._ours, "products": Products}.get(way.who, self._peers)(folder)
+            self.model = {"ours": self._ours, "products": Products}.get(way.who, self._peers)(folder).to(DEVICE)
+        self.model.train(training)
         self.call = torch.compile(self.model) if way.compiled else self.model
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=way.fused) if trained else None
@@ -106,13 +104,20 @@ class Contender:
             layer.merge()
         if self.way.state == "packed":
             model.pack()
-        return model.model if self.way.all_rows else model
+        if not self.way.all_rows:
+            return model
+        model = model.model  # transformers' own forward, and its head in the dtype of the head
+        model.classifier.register_forward_pre_hook(lambda head, args: (args[0].to(head.weight.dtype),))
+        return model
 
     def _peers(self, folder):
         options = {"attn_implementation": self.way.attention, "dtype": self.dtype}
         options |= {"hidden_dropout_prob": self.way.dropout, "attention_probs_dropout_prob": self.way.dropout}
         if self.way.base:
-            options |= {"quantization_config": bitsandbytes_config(self.way.base, self.native), "device_map": "cpu"}
+            options |= {
+                "quantization_config": bitsandbytes_config(self.way.base, self.native),
+                "device_map": {"": DEVICE},
+            }
         model = BertForSequenceClassification.from_pretrained(folder, **options)
         if self.way.who == "torch.ao":
             model = torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)
@@ -129,11 +134,10 @@ class Contender:
 
     def autocast(self):
         if self.way.autocast and self.native == torch.bfloat16:
-            return torch.autocast("cpu", torch.bfloat16)
+            return torch.autocast(DEVICE.type, torch.bfloat16)
         return contextlib.nullcontext()
 
     def step(self, batch):
-        self.model.train()
         with self.autocast():
             output = self.call(**batch)
         output.loss.backward()
@@ -143,7 +147,6 @@ class Contender:
 
     @torch.inference_mode()
     def predict(self, batch):
-        self.model.eval()
         self.call(**{name: tensor for name, tensor in batch.items() if name != "labels"})
 
 
@@ -167,9 +170,10 @@ class Products(nn.Module):
     def __init__(self, folder):
         super().__init__()
         bert = BertModel.from_pretrained(folder, dtype=lora_utils.native_arithmetic().dtype)
-        self.weights = [module.weight.data for module in bert.encoder.modules() if isinstance(module, nn.Linear)]
+        linear = [module for module in bert.encoder.modules() if isinstance(module, nn.Linear)]
+        self.weights = [module.weight.data.to(DEVICE) for module in linear]
         widths = {weight.shape[1] for weight in self.weights}
-        self.inputs = {width: torch.randn(32 * 128, width, dtype=self.weights[0].dtype) for width in widths}
+        self.inputs = {width: torch.randn(32 * 128, width).to(self.weights[0]) for width in widths}
 
     def forward(self, input_ids, **_):
         self.gradients = [F.linear(self.inputs[w.shape[1]][: input_ids.numel()], w) for w in self.weights]
@@ -183,7 +187,7 @@ class Products(nn.Module):
 # The sentences ------------------------------------------------------------------------------------
 
 
-def sentences(data, number=32 * WINDOW, seed=0):
+def sentences(data, number=32 * lora_utils.LengthBatches.WINDOW, seed=0):
     """(lists of token ids, the name of the data): a draw from SST-2's training phrases, or from movie_phrases.
 
     movie_phrases' own phrases are all short: their words are cut into pieces as long as SST-2's phrases are.
@@ -206,26 +210,27 @@ def batches(ids, way, number, size=32):
     """`number` of the batches that a way makes of the sentences, as long on the mean as all of them.
 
     All ways start from the same sentences, but short and long ones cannot be in the same few batches of every way. So
-    every so many-th batch is taken, from the start that brings their mean length nearest to the mean of all.
+    the batches are cut into `number` parts, and one of each is drawn: the draw, of a thousand, whose mean length is
+    nearest to that of all.
     """
+    generator = torch.Generator().manual_seed(0)
     if way == "like length":
         ordered = sorted(ids, key=len)
     else:
-        ordered = [ids[i] for i in torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()]
+        ordered = [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]
     cut = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    lengths = [128 if way == "to 128" else max(map(len, batch)) for batch in cut]
-    apart = len(cut) // number
-    choices = [list(range(start, len(cut), apart))[:number] for start in range(apart)]
-    mean = statistics.fmean(lengths)
-    taken = min(choices, key=lambda choice: abs(statistics.fmean(lengths[i] for i in choice) - mean))
-    return [padded(cut[i], lengths[i]) for i in taken]
+    lengths = torch.tensor([128 if way == "to 128" else max(map(len, batch)) for batch in cut])
+    draws = (torch.arange(number) + torch.rand(1000, number, generator=generator)) * len(cut) / number
+    draws = draws.long().clamp(max=len(cut) - 1)
+    nearest = (lengths[draws].double().mean(1) - lengths.double().mean()).abs().argmin()
+    return [padded(cut[i], lengths[i].item()) for i in draws[nearest].tolist()]
 
 
 def padded(batch, length):
     ids = torch.tensor([row + [0] * (length - len(row)) for row in batch])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch])
     labels = torch.arange(len(batch)) % 2
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: t.to(DEVICE) for name, t in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}
 
 
 # The models ---------------------------------------------------------------------------------------
@@ -266,6 +271,8 @@ def alternate(contenders, calls, rounds, size=32):
                 if i < len(its_batches):
                     start = time.perf_counter()
                     call(its_batches[i])
+                    if DEVICE.type == "cuda":
+                        torch.cuda.synchronize()
                     spent[name] += time.perf_counter() - start
             forward = not forward
         for name, (_, its_batches) in contenders.items():
@@ -284,10 +291,13 @@ def ratio(rates, over, under):
 
 
 def arithmetic():
-    """What results are filed under: the set that the CPU is held to, or what it computes in."""
-    native = lora_utils.native_arithmetic()
-    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return held or ("BF16" if native.dtype == torch.bfloat16 else torch.backends.cpu.get_cpu_capability())
+    """What results are filed under: the set that the CPU is held to, or what the machine computes in."""
+    native, held = lora_utils.native_arithmetic(), os.environ.get("ONEDNN_MAX_CPU_ISA")
+    if DEVICE.type == "cuda":
+        return "CUDA"
+    if held or native.int8:
+        return held or "AVX512_CORE_VNNI"
+    return "BF16" if native.dtype == torch.bfloat16 else torch.backends.cpu.get_cpu_capability()
 
 
 def hold(to):

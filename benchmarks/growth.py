@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 from contextlib import ExitStack
+from dataclasses import replace
 
 from contenders import (
     OURS,
@@ -24,7 +25,6 @@ from contenders import (
     padded,
     ratio,
     save,
-    with_,
 )
 from memory import measure
 
@@ -53,13 +53,13 @@ def grow(rounds):
                 for value, (rank, layers, tokens) in values.items():
                     key = (name, rank, layers)
                     if key not in built:
-                        built[key] = Contender(with_(way, rank=rank), folders[layers])
+                        built[key] = Contender(replace(way, rank=rank), folders[layers])
                     contenders[name, value] = (built[key].step, [batch_of(tokens)])
             rates = alternate(contenders, 1, rounds)
             found[what] = {name: {} for name in LINES}
             for name, way in LINES.items():
                 for value, (rank, layers, tokens) in values.items():
-                    peak = measure(with_(way, rank=rank), folders[layers], tokens=tokens)["peak"]
+                    peak = measure(replace(way, rank=rank), folders[layers], tokens=tokens)["peak"]
                     seconds = [round(32 / rate, 4) for rate in rates[name, value]]
                     found[what][name][value] = {"seconds": seconds, "peak": peak}
             if what == "rank":

@@ -2,20 +2,22 @@
 
     python benchmarks/memory.py [--model packaged] [--data folder]
 
-The peak is the largest resident set of the process, less what it holds after importing the libraries: weights, loading
-them, gradients, optimiser, activations, and what a step allocates and frees. The batches are the same sentences for
-all, the longest among them. The ledger counts what is held with the longest batch.
+The peak is the largest resident set of the process (Linux), less what it holds after importing the libraries: weights,
+loading them, gradients, optimiser, activations, and what a step allocates and frees. On a GPU it is the most that was
+allocated there. A few batches in the order of each way are trained, and then one of the longest sentences, the same for
+all, since some batch holds the longest sentence whatever the order. The ledger counts what is held with that batch.
 """
 
 import argparse
-import dataclasses
 import json
-import resource
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from contenders import (
+    DEVICE,
     OLDER,
     OURS,
     PEFT_STOCK,
@@ -29,7 +31,6 @@ from contenders import (
     padded,
     save,
     sentences,
-    with_,
 )
 
 import lora_utils
@@ -38,12 +39,12 @@ WAYS = {
     "full fine-tuning, padded to 128": OLDER,
     "PEFT": PEFT_STOCK,
     "PEFT, tuned": PEFT_TUNED,
-    "PEFT, NF4 base": with_(PEFT_STOCK, base=4),
-    "PEFT, int8 base": with_(PEFT_STOCK, base=8),
+    "PEFT, NF4 base": replace(PEFT_STOCK, base=4),
+    "PEFT, int8 base": replace(PEFT_STOCK, base=8),
     "LoRA": OURS,
-    "q-LoRA": with_(OURS, bits=8),
-    "q-LoRA, int8 base": with_(OURS, bits=8, base=8),
-    "q-LoRA, NF4 base": with_(OURS, bits=8, base=4),
+    "q-LoRA": replace(OURS, bits=8),
+    "q-LoRA, int8 base": replace(OURS, bits=8, base=8),
+    "q-LoRA, NF4 base": replace(OURS, bits=8, base=4),
 }
 
 
@@ -56,27 +57,33 @@ def in_this_process(spec):
         ids = [[101, *range(2000, 2000 + spec["tokens"] - 2), 102]] * 32
         given = [padded(ids, spec["tokens"])]
     else:
-        given = batches(spec["ids"], way.batches, spec["batches"])[: 2 if way == OLDER else None]
-    before = resident()
+        longest = sorted(spec["ids"], key=len)[-32:]
+        given = [*batches(spec["ids"], way.batches, spec["batches"]), padded(longest, len(longest[-1]))]
+        if way == OLDER:  # all as long
+            given = [padded(longest, 128)]
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: a process inherits it from its parent
     contender = Contender(way, spec["folder"])
-    for batch in given * (1 if "ids" in spec else 2):
+    for batch in [*given, given[-1]]:
         contender.step(batch)
-    scale = 1 if sys.platform == "darwin" else 1024
-    result = {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale - before}
+    result = {"peak": resident("VmHWM") - before}
+    if DEVICE.type == "cuda":
+        result = {"peak": torch.cuda.max_memory_allocated()}
     if way.who == "ours":
         contender.model(**given[-1]).loss.backward()  # for the gradients
         result["ledger"] = lora_utils.memory_ledger(contender.model, contender.optimizer, given[-1]).bytes()
     print(json.dumps(result))
 
 
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def resident(which):
+    """The resident set of this process in bytes, as Linux tells it: VmRSS now, VmHWM its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
 
 
 def measure(way, folder, **spec):
     """What `in_this_process` prints, from a fresh process."""
-    spec = json.dumps({"way": dataclasses.asdict(way), "folder": str(folder), **spec})
+    spec = json.dumps({"way": asdict(way), "folder": str(folder), **spec})
     command = [sys.executable, __file__, "--spec-on-stdin"]
     done = subprocess.run(command, input=spec, capture_output=True, text=True)
     if done.returncode:
@@ -88,7 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["bert-base", "packaged"], default="bert-base")
     parser.add_argument("--data", default="auto")
-    parser.add_argument("--batches", type=int, default=6, help="of 32 sentences, from short to long")
+    parser.add_argument("--batches", type=int, default=4, help="of 32 sentences, before the longest")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
     parser.add_argument("--spec-on-stdin", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -20,8 +20,9 @@ FILES = ["README.md", "LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 
 # The kinds of machine that results are filed under, and how a reader knows them.
 MACHINES = {
-    "bf16": "bfloat16",
-    "avx512_core_vnni": "held to AVX512_CORE_VNNI, float32",
+    "cuda": "a GPU",
+    "bf16": "a CPU with bfloat16",
+    "avx512_core_vnni": "AVX512_CORE_VNNI, float32",
     "avx2_vnni": "AVX2_VNNI, float32",
     "avx2": "AVX2, float32",
 }
@@ -29,13 +30,12 @@ MODELS = {"bert-base": "BERT-base's shape", "packaged": "the 6-layer BERT"}
 
 
 def results(part, models=MODELS):
-    """{(model, machine): result} of those that there are, in order."""
+    """{(model, machine): result} of those that there are: machines that are known first, in their order."""
     found = {}
     for model in models:
-        for machine in MACHINES:
-            file = RESULTS / f"{part}-{model}-{machine}.json"
-            if file.exists():
-                found[model, machine] = json.loads(file.read_text())
+        names = [file.stem.removeprefix(f"{part}-{model}-") for file in RESULTS.glob(f"{part}-{model}-*.json")]
+        for machine in sorted(names, key=[*MACHINES, *sorted(names)].index):
+            found[model, machine] = json.loads((RESULTS / f"{part}-{model}-{machine}.json").read_text())
     return found
 
 
@@ -68,14 +68,14 @@ def made_on(found):
 
 def missing(found):
     measured = {machine for _, machine in found}
-    names = [name.partition(",")[0].removeprefix("held to ") for key, name in MACHINES.items() if key not in measured]
+    names = [name.partition(",")[0] for key, name in MACHINES.items() if key not in measured]
     if not names:
         return ""
-    return f" Not measured yet, since no machine with them was at hand: {', '.join(names)}; `make bench` measures them."
+    return f" Not measured yet, for want of such a machine: {', '.join(names)}. `make bench` measures what it runs on."
 
 
 def columns(found):
-    return [f"{MODELS[model]}, {MACHINES[machine]}" for model, machine in found]
+    return [f"{MODELS[model]}, {MACHINES.get(machine, machine)}" for model, machine in found]
 
 
 def ratios(part):
@@ -135,6 +135,8 @@ def verdict(median, low, high):
 
 def memory():
     found = results("memory")
+    if not found:
+        return "Not measured yet."
     names = list(next(iter(found.values()))["bytes"])
     rows = []
     for name in names:
@@ -151,9 +153,13 @@ def memory():
 
 
 def growth():
-    sentence = "A step at rank 64 takes {} times as long as at rank 1 ({})."
-    found = results("growth").items()
-    return " ".join(sentence.format(spread(result["rank 64 over rank 1"]), MACHINES[key[1]]) for key, result in found)
+    alt = "Seconds a step and peak memory against rank, tokens in a sentence and layers: LoRA and PEFT"
+    lines = []
+    for (model, machine), result in results("growth").items():
+        figure = f"![{alt}](benchmarks/results/speed/growth-{model}-{machine}.png)"
+        times = f"A step at rank 64 takes {spread(result['rank 64 over rank 1'])} times as long as one at rank 1"
+        lines.append(f"{figure}\n\n{times} ({MACHINES.get(machine, machine)}).")
+    return "\n\n".join(lines)
 
 
 def int8_accuracy():
@@ -189,6 +195,8 @@ def filled(text):
     for name, make in TABLES.items():
         mark, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if mark in text:
+            if end not in text:
+                raise ValueError(f"{mark} is there, and no {end} after it")
             before, _, rest = text.partition(mark)
             text = f"{before}{mark}\n{make()}\n{end}{rest.partition(end)[2]}"
     return text

@@ -17,6 +17,13 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 import lora_utils
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """No int8 arithmetic, whatever the machine has: the tests that are about it ask for it."""
+    native = lora_utils.native_arithmetic()
+    monkeypatch.setattr(lora_utils, "native_arithmetic", lambda: native._replace(int8=False))
+
+
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
     """The folder of a BERT of 2 layers, width 64, with weights large enough for every path to show in the logits."""

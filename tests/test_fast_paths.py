@@ -105,6 +105,42 @@ def test_a_layer_takes_int8_arithmetic_where_the_machine_does_and_for_8_bits_alo
     assert frozen(4, torch.float32)[0].int8_arithmetic is False
 
 
+def test_an_empty_batch_gives_an_empty_output():
+    for base_bits in BASES:
+        layer = LoRALayer(frozen(base_bits, torch.float32)[0], rank=4)
+        assert layer(torch.zeros(0, 128)).shape == (0, 48) and layer.base(torch.zeros(2, 0, 128)).shape == (2, 0, 48)
+
+
+@pytest.mark.parametrize("base_bits", BASES)
+@pytest.mark.parametrize("backward_too", [True, False])
+def test_gradients_come_through_autocast(base_bits, backward_too):
+    layer = LoRALayer(frozen(base_bits, torch.float32)[0], rank=4)
+    nn.init.normal_(layer.lora_B, std=0.3)
+    x = torch.randn(7, 128, requires_grad=True)
+    exact = torch.autograd.grad(layer(x).sum(), (x, layer.lora_A, layer.lora_B))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer(x).sum()
+        if backward_too:
+            loss.backward()
+    if not backward_too:
+        loss.backward()
+    for found, expected in zip((x.grad, layer.lora_A.grad, layer.lora_B.grad), exact, strict=True):
+        assert found.dtype == torch.float32 and relative_error(found, expected) < 2e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.double()(x.double()).dtype == torch.float64  # which autocast leaves alone
+
+
+def test_what_the_gradient_written_out_cannot_do_is_refused():
+    layer, x = LoRALayer(nn.Linear(16, 16), rank=4), torch.randn(3, 16, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    loss = layer(x).sum()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def model_of(folder, base_bits, dtype):
     if base_bits is None:
         return LoRABertModel(str(folder), rank=4, dtype=dtype)

@@ -171,7 +171,11 @@ def test_a_wrong_argument_is_refused_by_name_and_value(wrong):
     assert (str(value) if value == 33 else repr(value)) in str(error.value)
 
 
-@pytest.mark.parametrize("base", [None, nn.Embedding(3, 4), LoRALayer(nn.Linear(8, 8))])
+class Derived(nn.Linear):
+    """Such as bitsandbytes' layers, whose weight is not what they multiply by."""
+
+
+@pytest.mark.parametrize("base", [None, nn.Embedding(3, 4), LoRALayer(nn.Linear(8, 8)), Derived(8, 8)])
 def test_only_a_linear_layer_can_be_wrapped_and_only_once(base):
     with pytest.raises(ValueError, match=f"base is a {type(base).__name__}"):
         LoRALayer(base)
