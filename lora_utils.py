@@ -1001,10 +1001,10 @@ class LoRABertModel(nn.Module):
         added in bf16 would be lost. A base stored in bf16 keeps its rounding; load with dtype=torch.float32 to
         merge into the checkpoint's own weights. Its dropout settings are restored. This model is left as it is.
 
-        A quantised base is decoded, and int8 arithmetic ends with it. To quantise the result again loses most of a small
-        update: in NF4 some 3 % arrives of one of 2 % of the weight's norm, 87 % of one of 10 %
-        (`qLoRA_implementation.ipynb`, above its Figure 8), and the weight is rounded twice. Merge into a float base, and
-        quantise that once.
+        A quantised base is decoded, and int8 arithmetic ends with it. To quantise the result again loses most of a
+        small update: in NF4 some 3 % arrives of one of 2 % of the weight's norm, 87 % of one of 10 %
+        (`qLoRA_implementation.ipynb`, above its Figure 8), and the weight is rounded twice. Merge into a float base,
+        and quantise that once.
         """
         weights = {
             name: tensor.float()

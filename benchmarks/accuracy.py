@@ -289,6 +289,7 @@ def main():
     parser.add_argument("--targets", nargs="+", default=["query", "value"])
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--phrases", type=int, help="train on that many of the phrases, drawn under seed 0")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--warmup", type=float, default=0.06, help="share of the steps with a rising learning rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -303,6 +304,8 @@ def main():
     if args.summary:
         return summarise(args.out)
     train_split, tests = split(args, lora_utils.load_sst2(args.data))
+    if args.phrases:
+        train_split = train_split.shuffle(seed=0).select(range(args.phrases))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     at_commit = commit()
     for seed in args.seeds:

@@ -1,6 +1,6 @@
 """What int8 arithmetic costs in accuracy: the same adapters on an 8-bit base, with activations rounded and without.
 
-    python benchmarks/accuracy.py --data folder --both --method qlora --bits 8 --base-bits 8 --seeds 0 1 2 \\
+    python benchmarks/accuracy.py --data folder --both --method qlora --bits 8 --base-bits 8 --phrases 20000 \\
         --adapters adapters/int8 --out int8.jsonl
     python benchmarks/int8_arithmetic.py --data folder --adapters adapters/int8
 

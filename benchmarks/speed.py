@@ -78,7 +78,7 @@ ABLATION = {
     "the backbone's dropout off": replace(PEFT_TUNED, dropout=0.0),
     "frozen weights in bfloat16, no autocast": replace(PEFT_TUNED, dropout=0.0, stored="native", autocast=False),
     "our layers: one step of autograd each": replace(OURS, all_rows=True, fused=False),
-    "of the last block the first row alone, no mask where nothing is padded": replace(OURS, fused=False),
+    "of the last block the first row alone": replace(OURS, fused=False),
     "fused AdamW": OURS,
 }
 
