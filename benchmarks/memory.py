@@ -12,40 +12,17 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from contenders import (
-    DEVICE,
-    OLDER,
-    OURS,
-    PEFT_STOCK,
-    PEFT_TUNED,
-    RESULTS,
-    Contender,
-    Way,
-    about,
-    batches,
-    checkpoint,
-    padded,
-    save,
-    sentences,
-)
+from contenders import DEVICE, OLDER, RESULTS, Contender, Way, about, batches, checkpoint, padded, save, sentences
+from speed import TRAINING
 
 import lora_utils
 
-WAYS = {
-    "full fine-tuning, padded to 128": OLDER,
-    "PEFT": PEFT_STOCK,
-    "PEFT, tuned": PEFT_TUNED,
-    "PEFT, NF4 base": replace(PEFT_STOCK, base=4),
-    "PEFT, int8 base": replace(PEFT_STOCK, base=8),
-    "LoRA": OURS,
-    "q-LoRA": replace(OURS, bits=8),
-    "q-LoRA, int8 base": replace(OURS, bits=8, base=8),
-    "q-LoRA, NF4 base": replace(OURS, bits=8, base=4),
-}
+LEFT_OUT = ("the frozen products alone", "PEFT, NF4 base, tuned", "PEFT, int8 base, tuned")
+WAYS = {name: way for name, way in TRAINING.items() if name not in LEFT_OUT}
 
 
 def in_this_process(spec):
