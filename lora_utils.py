@@ -42,8 +42,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 # --------------------------------------------------------------------------------------------------
 
 # What oneDNN, PyTorch's matrix library, leaves of a CPU's abilities where the environment holds it to an older set.
-HELD_TO = {"SSE41": (), "AVX": (), "AVX2": (), "AVX2_VNNI": ("avx_vnni",), "AVX2_VNNI_2": ("avx_vnni",)}
-HELD_TO |= {"AVX512_CORE": (), "AVX512_CORE_VNNI": ("avx512_vnni",)}
+HELD_TO = {"SSE41": (), "AVX": (), "AVX2": ("avx2",), "AVX2_VNNI": ("avx2", "avx_vnni")}
+HELD_TO |= {"AVX2_VNNI_2": ("avx2", "avx_vnni"), "AVX512_CORE": ("avx2",), "AVX512_CORE_VNNI": ("avx2", "avx512_vnni")}
 
 
 class Arithmetic(NamedTuple):
@@ -53,26 +53,27 @@ class Arithmetic(NamedTuple):
         float32, and in doubt.
     attention: which of transformers' attentions. On a CPU "eager", two plain products with a softmax in between, since
         the fused one has a very slow backward in bfloat16 there; on a GPU "sdpa".
-    int8: whether a frozen weight of 8 bits is multiplied in integers (`QuantizedLinear`): on a CPU with AVX512_VNNI and
-        without bfloat16. Elsewhere PyTorch 2.13 multiplies integers in a plain loop, many times slower than float32.
+    int8: the largest integer that the inputs of a frozen weight of 8 bits are rounded to, to be multiplied in integers
+        (`QuantizedLinear`); 0 where they are not. On an x86 CPU without bfloat16: 127 with the instructions named VNNI,
+        and 63 with AVX2 alone, which adds two products at a time in 16 bits, and must not overflow there.
     """
 
     dtype: torch.dtype
     attention: str
-    int8: bool
+    int8: int
 
 
 def native_arithmetic():
     """What this machine computes in, as an `Arithmetic`: asked of PyTorch, and of the variables that hold it back."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Arithmetic(torch.bfloat16 if native else torch.float32, "sdpa", int8=False)
+        return Arithmetic(torch.bfloat16 if native else torch.float32, "sdpa", int8=0)
     cpu = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     able = cpu & set(HELD_TO.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), cpu))
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):  # ATEN_CPU_CAPABILITY can hold PyTorch itself
-        able &= {"avx_vnni"}
-    native = bool(able & {"avx512_bf16", "amx_bf16"})
-    int8 = not native and "avx512_vnni" in cpu and bool(able & {"avx_vnni", "avx512_vnni"})
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY can hold PyTorch itself
+    native = wide and bool(able & {"avx512_bf16", "amx_bf16"})
+    integers = not native and "avx2" in able and torch.backends.mkldnn.is_available()
+    int8 = (127 if able & {"avx_vnni", "avx512_vnni"} else 63) if integers else 0
     return Arithmetic(torch.bfloat16 if native else torch.float32, "eager", int8)
 
 
@@ -350,14 +351,15 @@ class QuantizedLinear(QuantizedWeight):
         8 bits: y = s · (x Qᵀ) + b; the integers Q are exact in the dtype of x, and the scale s of each of W's rows
             multiplies the output. With `int8_arithmetic` x is rounded to integers too, each of its rows with a scale of
             its own, and the product is one of integers: x ≈ t · X gives y = t · s · (X Qᵀ) + b. It rounds what it
-            multiplies, so it is a method with an accuracy of its own. The gradient is always that of the product above.
+            multiplies, so it is a method with an accuracy of its own. The gradient is always that of the exact product.
 
     Args:
         linear: the layer to quantise. Its bias is kept, and frozen.
         bits: 8 (int8 by row) or 4 (NF4).
 
     Attributes:
-        int8_arithmetic: set where `native_arithmetic` says so; for x in float32 on a CPU. May be set and unset.
+        int8_arithmetic: the largest integer that x is rounded to, or 0 for the exact product; what `native_arithmetic`
+            says, and may be set. It is for x in float32 on a CPU.
 
     Shapes: x (..., in) to y (..., out), in the dtype of x.
 
@@ -371,7 +373,7 @@ class QuantizedLinear(QuantizedWeight):
         super().__init__(linear.weight, bits)
         self.out_features, self.in_features = self.shape
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.int8_arithmetic = bits == 8 and native_arithmetic().int8
+        self.int8_arithmetic = native_arithmetic().int8 if bits == 8 else 0
 
     def forward(self, x):
         x = as_multiplied(x)
@@ -383,13 +385,20 @@ class QuantizedLinear(QuantizedWeight):
         if self._decodes(x):
             return F.linear(x, self.dequantize(x.dtype), bias)
         if self.int8_arithmetic and x.dtype == torch.float32 and x.device.type == "cpu":
-            largest = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True)
-            t = (largest / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-            y = torch._int_mm((x / t).round_().to(torch.int8), self.codes.T).float().mul_(t)
+            y, scale = self._product_of_integers(x)
         else:
-            y = x @ self.codes.to(x.dtype).T
-        scale = self._scale_by_row(x.dtype)
+            y, scale = x @ self.codes.to(x.dtype).T, self._scale_by_row(x.dtype)
         return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
+
+    def _product_of_integers(self, x):
+        """(s · (X Qᵀ) in float32, t) by oneDNN, which takes one factor as unsigned integers around a zero."""
+        zero = self.int8_arithmetic + 1
+        t = (x.abs().amax(-1, keepdim=True) / self.int8_arithmetic).clamp_(min=torch.finfo(torch.float32).tiny)
+        rounded = torch.addcmul(torch.tensor(zero + 0.5), x, 1 / t).to(torch.uint8)
+        Q = torch.ops.onednn.qlinear_prepack(self.codes, None)  # in oneDNN's order; as quick as a cast, and not kept
+        scales, zeros = self._scale_by_row(torch.float32).flatten(), torch.zeros(self.out_features, dtype=torch.int64)
+        as_float = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias; a float32 output
+        return torch.ops.onednn.qlinear_pointwise(rounded, 1.0, zero, Q, scales, zeros, *as_float), t
 
     def gradient(self, gradient):
         """The gradient of x (n, in), given that of y (n, out)."""

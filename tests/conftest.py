@@ -21,7 +21,7 @@ import lora_utils
 def exact_products(monkeypatch):
     """No int8 arithmetic, whatever the machine has: the tests that are about it ask for it."""
     native = lora_utils.native_arithmetic()
-    monkeypatch.setattr(lora_utils, "native_arithmetic", lambda: native._replace(int8=False))
+    monkeypatch.setattr(lora_utils, "native_arithmetic", lambda: native._replace(int8=0))
 
 
 @pytest.fixture(scope="session")
