@@ -295,9 +295,11 @@ def arithmetic():
     native, held = lora_utils.native_arithmetic(), os.environ.get("ONEDNN_MAX_CPU_ISA")
     if DEVICE.type == "cuda":
         return "CUDA"
-    if held or native.int8:
-        return held or "AVX512_CORE_VNNI"
-    return "BF16" if native.dtype == torch.bfloat16 else torch.backends.cpu.get_cpu_capability()
+    if held or native.dtype == torch.bfloat16:
+        return held or "BF16"
+    if native.int8 == 127:
+        return "AVX512_CORE_VNNI" if torch.cpu.get_capabilities().get("avx512_vnni") else "AVX2_VNNI"
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def hold(to):

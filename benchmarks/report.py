@@ -165,15 +165,22 @@ def growth():
 def int8_accuracy():
     lines = list(map(json.loads, (RESULTS.parent / "int8_arithmetic.jsonl").read_text().splitlines()))
     rows = []
-    for where in dict.fromkeys(line["evaluated_on"] for line in lines):
-        group = [line for line in lines if line["evaluated_on"] == where]
+    for where, bits in dict.fromkeys((line["evaluated_on"], line["bits"]) for line in lines):
+        group = [line for line in lines if (line["evaluated_on"], line["bits"]) == (where, bits)]
         plain, rounded = ([100 * line[key] for line in group] for key in ("plain", "int8"))
         lost = [b - a for a, b in zip(plain, rounded, strict=True)]
         cells = [f"{statistics.fmean(plain):.2f}", f"{statistics.fmean(rounded):.2f}"]
         cells += [f"{statistics.fmean(lost):+.2f} ({min(lost):+.2f} to {max(lost):+.2f})"]
         cells += [f"{sum(line['other_labels'] for line in group)} of {sum(line['n'] for line in group):,}"]
-        rows.append([f"{group[0]['n']:,} {where}", *cells])
-    header = ["evaluated on", "exact, %", "int8 arithmetic, %", "difference, points (range)", "other label"]
+        rows.append([f"{bits} bits ({'VNNI' if bits == 8 else 'AVX2 alone'})", f"{group[0]['n']:,} {where}", *cells])
+    header = [
+        "activations",
+        "evaluated on",
+        "exact, %",
+        "int8 arithmetic, %",
+        "difference, points (range)",
+        "other label",
+    ]
     adapters = len({line["seed"] for line in lines})
     return f"{table(header, rows)}\n\n{adapters} adapters (seeds), {lines[0]['model']}, {lines[0]['data']}."
 
