@@ -358,8 +358,8 @@ class QuantizedLinear(QuantizedWeight):
         bits: 8 (int8 by row) or 4 (NF4).
 
     Attributes:
-        int8_arithmetic: the largest integer that x is rounded to, or 0 for the exact product; what `native_arithmetic`
-            says, and may be set. It is for x in float32 on a CPU.
+        int8_arithmetic: the largest integer that x is rounded to, or 0 for the exact product. What `native_arithmetic`
+            says where both sides of the weight are at least 512 wide, and may be set. For x in float32 on a CPU alone.
 
     Shapes: x (..., in) to y (..., out), in the dtype of x.
 
@@ -373,7 +373,8 @@ class QuantizedLinear(QuantizedWeight):
         super().__init__(linear.weight, bits)
         self.out_features, self.in_features = self.shape
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.int8_arithmetic = native_arithmetic().int8 if bits == 8 else 0
+        pays = bits == 8 and min(self.shape) >= 512  # rounding and packing cost more than narrower products save
+        self.int8_arithmetic = native_arithmetic().int8 if pays else 0
 
     def forward(self, x):
         x = as_multiplied(x)

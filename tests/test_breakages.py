@@ -216,8 +216,8 @@ BREAKAGES = [
     ),
     (
         "int8 arithmetic is taken without instructions for it",
-        "self.int8_arithmetic = native_arithmetic().int8 if bits == 8 else 0",
-        "self.int8_arithmetic = 63 if bits == 8 else 0",
+        "self.int8_arithmetic = native_arithmetic().int8 if pays else 0",
+        "self.int8_arithmetic = 63 if pays else 0",
         "fast_paths",
         "a_layer_takes_int8_arithmetic_where_the_machine_does",
     ),

@@ -127,8 +127,10 @@ def test_int8_arithmetic_is_for_float32_alone(dtype):
 @pytest.mark.parametrize("largest", [0, 63, 127])
 def test_a_layer_takes_int8_arithmetic_where_the_machine_does_and_for_8_bits_alone(monkeypatch, largest):
     monkeypatch.setattr("lora_utils.native_arithmetic", lambda: Arithmetic(torch.float32, "eager", largest))
-    assert frozen(8, torch.float32)[0].int8_arithmetic == largest
-    assert frozen(4, torch.float32)[0].int8_arithmetic == 0
+    wide = {"inputs": 768, "outputs": 512}
+    assert frozen(8, torch.float32, **wide)[0].int8_arithmetic == largest
+    assert frozen(4, torch.float32, **wide)[0].int8_arithmetic == 0
+    assert frozen(8, torch.float32, inputs=768, outputs=384)[0].int8_arithmetic == 0  # where it would be slower
 
 
 def test_an_empty_batch_gives_an_empty_output():
