@@ -28,7 +28,7 @@ from contenders import (
 )
 from memory import measure
 
-RANKS, TOKENS, LAYERS = (1, 4, 16, 64), (8, 16, 32, 64, 128), (6, 12, 24)
+RANKS, TOKENS, LAYERS = (1, 4, 16, 64), (8, 32, 128), (6, 12, 24)
 LINES = {"LoRA": OURS, "PEFT, tuned": PEFT_TUNED}
 STYLE = {"LoRA": ("#0072b2", "o", "-"), "PEFT, tuned": ("#cc79a7", "^", "--")}
 
@@ -55,7 +55,7 @@ def grow(rounds):
                     if key not in built:
                         built[key] = Contender(replace(way, rank=rank), folders[layers])
                     contenders[name, value] = (built[key].step, [batch_of(tokens)])
-            rates = alternate(contenders, 1, rounds)
+            rates = alternate(contenders, 1, rounds if what == "rank" else max(2, rounds // 3))
             found[what] = {name: {} for name in LINES}
             for name, way in LINES.items():
                 for value, (rank, layers, tokens) in values.items():
@@ -102,7 +102,7 @@ def draw(result, file):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7, help="of the ranks; a third of it for tokens and layers")
     parser.add_argument("--draw", action="store_true")
     args = parser.parse_args()
     name = f"growth-bert-base-{arithmetic().lower()}"
