@@ -159,11 +159,14 @@ def growth():
         figure = f"![{alt}](benchmarks/results/speed/growth-{model}-{machine}.png)"
         times = f"A step at rank 64 takes {spread(result['rank 64 over rank 1'])} times as long as one at rank 1"
         lines.append(f"{figure}\n\n{times} ({MACHINES.get(machine, machine)}).")
-    return "\n\n".join(lines)
+    return "\n\n".join(lines) or "Not measured yet."
 
 
 def int8_accuracy():
-    lines = list(map(json.loads, (RESULTS.parent / "int8_arithmetic.jsonl").read_text().splitlines()))
+    file = RESULTS.parent / "int8_arithmetic.jsonl"
+    if not file.exists():
+        return "Not measured yet."
+    lines = list(map(json.loads, file.read_text().splitlines()))
     rows = []
     for where, bits in dict.fromkeys((line["evaluated_on"], line["bits"]) for line in lines):
         group = [line for line in lines if (line["evaluated_on"], line["bits"]) == (where, bits)]
