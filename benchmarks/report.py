@@ -55,15 +55,10 @@ def spread(values):
 
 def made_on(found):
     """One sentence: machine class, versions, data, rounds."""
-    said = dict.fromkeys(
-        "{device} ({cpu}), torch {torch}, transformers {transformers}, peft {peft}, bitsandbytes {bitsandbytes}".format(
-            **result["machine"]
-        )
-        + f"; {result['data']}"
-        + (f"; {result['rounds']} rounds" if "rounds" in result else "")
-        for result in found.values()
-    )
-    return "Made on " + "; and on ".join(said) + "."
+    words = "{device} ({cpu}), torch {torch}, transformers {transformers}, peft {peft}, bitsandbytes {bitsandbytes}"
+    said = dict.fromkeys(words.format(**result["machine"]) + f"; {result['data']}" for result in found.values())
+    rounds = sorted({str(result["rounds"]) for result in found.values() if "rounds" in result})
+    return "Made on " + "; and on ".join(said) + (f"; {' or '.join(rounds)} rounds." if rounds else ".")
 
 
 def missing(found):
@@ -113,23 +108,27 @@ def ablation():
 def where_q_lora_is_faster():
     """q-LoRA beside LoRA by machine, for a training step and for predictions: faster, slower, or neither."""
     parts = {"training": "training step", "inference-batches-of-32": "prediction, batches of 32"}
-    found = {part: results(part, ["bert-base"]) for part in parts}
-    machines = list(dict.fromkeys(key for of_part in found.values() for key in of_part))
+    found = {part: results(part) for part in parts}
+    machines = dict.fromkeys(key for of_part in found.values() for key in of_part)
     rows = []
     for name in ("q-LoRA", "q-LoRA, int8 base", "q-LoRA, NF4 base"):
         for part, title in parts.items():
             cells = []
             for key in machines:
-                entries = found[part].get(key, {}).get("ratios", [])
-                of_name = [e["ratio"] for e in entries if (e["over"], e["under"]) == (name, "LoRA")]
-                cells.append(f"{spread(of_name[0])}, {verdict(*of_name[0])}" if of_name else "")
-            if any(cells):
-                rows.append([name, title, *cells])
-    header = ["÷ LoRA", "of what", *columns(dict.fromkeys(machines))]
+                rates = found[part].get(key, {}).get("sentences_a_second", {})
+                ours = rates.get(name) or rates.get(f"{name}, packed", [])
+                of_rounds = [a / b for a, b in zip(ours, rates.get("LoRA", []), strict=True)]
+                if of_rounds:
+                    low, median, high = statistics.quantiles(of_rounds, n=4, method="inclusive")
+                    cells.append(f"{spread((median, low, high))}, {verdict(low, high)}")
+                else:
+                    cells.append("")
+            rows.append([name, title, *cells])
+    header = ["÷ LoRA", "of what", *columns(machines)]
     return f"{table(header, rows)}\n\n{made_on(found['training'])}{missing(found['training'])}"
 
 
-def verdict(median, low, high):
+def verdict(low, high):
     return "**faster**" if low > 1 else "**slower**" if high < 1 else "no difference seen"
 
 
