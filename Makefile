@@ -1,6 +1,6 @@
 # make run        install, execute both notebooks into outputs/, print their accuracies
 # make lab        the same environment in JupyterLab
-# make bench      measure speed and memory beside the peers, and write the tables (an hour or two)
+# make bench      measure speed and memory beside the peers, and write the tables; it takes long, and wants the machine for itself
 # make test       the default tests; make test-all adds the slow ones; make lint checks style
 PYTHON ?= python3
 VENV := .venv
