@@ -16,6 +16,7 @@ import copy
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import math
@@ -23,14 +24,14 @@ import os
 import re
 import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import datasets
 import huggingface_hub
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, Sampler
@@ -75,6 +76,26 @@ def native_arithmetic():
     integers = not native and "avx2" in able and torch.backends.mkldnn.is_available()
     int8 = (127 if able & {"avx_vnni", "avx512_vnni"} else 63) if integers else 0
     return Arithmetic(torch.bfloat16 if native else torch.float32, "eager", int8)
+
+
+def processes():
+    """(number of this process, how many there are), as torch.distributed has it: (0, 1) for one alone."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+
+
+def gathered(thing):
+    """[what each process has], the same list in all of them."""
+    things = [thing] * processes()[1]
+    if len(things) > 1:
+        torch.distributed.all_gather_object(things, thing)
+    return things
+
+
+def say(text):
+    """Print a line, once: of several processes the first one does."""
+    if processes()[0] == 0:
+        print(text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -804,7 +825,7 @@ def find_model(model_name="auto", announce=True):
             instead = "" if name == OFFLINE_MODEL else f", instead of {name}: {reason}"
             checkpoint = Checkpoint(OFFLINE_MODEL, offline_model(), f"6 layers, packaged{instead}")
     if announce:
-        print(f"Model: {checkpoint.name} ({checkpoint.origin})")
+        say(f"Model: {checkpoint.name} ({checkpoint.origin})")
     return checkpoint
 
 
@@ -860,7 +881,9 @@ class LoRABertModel(nn.Module):
     Source: Hu et al. 2021, sections 4.2 (which weights to adapt) and 5.
     """
 
-    base_bits = None  # the frozen weights as they are
+    FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's
+    LAYER = LoRALayer
+    widths: ClassVar = {}  # the bits of a class that has them
 
     def __init__(
         self,
@@ -879,9 +902,12 @@ class LoRABertModel(nn.Module):
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype is {dtype!r}: allowed are None and torch's floating-point types")
         checkpoint = find_model(model_name, announce=model_name == "auto")
-        self.model_name, self.target_modules = checkpoint.name, target_modules
-        self.lora_arguments = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
-        self.checkpoint_config = read_bert_config(checkpoint, num_labels)
+        targets = list(target_modules) if isinstance(target_modules, (tuple, set)) else target_modules  # as JSON has it
+        self.model_name = checkpoint.name
+        self.arguments = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, **self.widths}
+        self.arguments |= {"target_modules": targets, "num_labels": num_labels}
+        self.checkpoint_config = read_bert_config(checkpoint)
+        name_labels(self.checkpoint_config, num_labels)
 
         config = copy.deepcopy(self.checkpoint_config)
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
@@ -889,23 +915,32 @@ class LoRABertModel(nn.Module):
         best_dtype, config._attn_implementation, _ = native_arithmetic()
         with torch.device("meta"):  # shapes alone, to refuse a wrong target or rank before any weights are loaded
             self.model = BertForSequenceClassification(config)
-        linear = [name for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear) and name != HEAD]
-        targets = match_targets(linear, target_modules)
-        for name in targets:
-            self.wrap(self.model.get_submodule(name))
+        self.adapted_layers(self.arguments)
 
-        load_frozen(self.model, checkpoint, dtype or best_dtype, self.base_bits)
-        for name in targets:
-            self.model.set_submodule(name, self.wrap(self.model.get_submodule(name)))
-        self.model.classifier.float().requires_grad_(True)
-
-    def wrap(self, linear):
-        """The layer that takes a linear layer's place."""
-        return LoRALayer(linear, **self.lora_arguments)
+        self.fingerprint = load_frozen(self.model, checkpoint, dtype or best_dtype, self.widths.get("base_bits"))
+        self.exchange(self.adapted_layers(self.arguments), self.model.classifier.float().requires_grad_(True))
 
     def lora_layers(self):
         """{name: layer} of every `LoRALayer`, in the model's order."""
         return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, LoRALayer)}
+
+    def adapted_layers(self, arguments):
+        """{name: new layer} around every frozen linear layer that `target_modules` names."""
+        kinds = (nn.Linear, QuantizedLinear)
+        linear = {name: m for name, m in self.model.named_modules() if isinstance(m, kinds) and name != HEAD}
+        linear = {name.removesuffix(".base"): layer for name, layer in linear.items()}
+        options = {name: arguments[name] for name in inspect.signature(self.LAYER).parameters if name != "base"}
+        return {
+            name: self.LAYER(linear[name], **options) for name in match_targets(linear, arguments["target_modules"])
+        }
+
+    def exchange(self, layers, head):
+        """Adapt these layers, and no others, and take this head; returns (layers, head) as they were."""
+        old = self.lora_layers(), self.model.classifier
+        for name, layer in ({name: layer.base for name, layer in old[0].items()} | layers).items():
+            self.model.set_submodule(name, layer)
+        self.model.classifier = head
+        return old
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None):
         """Logits (batch, num_labels) in float32 and, given labels (batch,), the mean cross-entropy loss in nats.
@@ -944,7 +979,7 @@ class LoRABertModel(nn.Module):
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.parameters())
         total += sum(math.prod(m.shape) for m in self.modules() if isinstance(m, QuantizedWeight))
-        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+        say(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
     def adapter_state(self):
         """{PEFT's name: float32 tensor} of all that is trained: every A and B, and the head."""
@@ -959,49 +994,80 @@ class LoRABertModel(nn.Module):
     def save_pretrained(self, folder):
         """Write the adapter and the head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
-        `PeftModel.from_pretrained(bert, folder)` reads them, and so does `from_pretrained` below. Both files are
-        written beside their names and then renamed, so no file is ever half-written.
+        `PeftModel.from_pretrained(bert, folder)` reads them, and so does `from_pretrained` below. What PEFT does not
+        write, and `from_pretrained` checks, stands in the metadata of the tensors' file: see `write_adapter`.
         """
-        arguments, targets = self.lora_arguments, self.target_modules
-        config = {
-            "peft_type": "LORA",
-            "task_type": "SEQ_CLS",
-            "base_model_name_or_path": self.model_name,
-            "r": arguments["rank"],
-            "lora_alpha": arguments["alpha"],
-            "lora_dropout": arguments["dropout"],
-            "use_rslora": arguments["use_rslora"],
-            "target_modules": targets if isinstance(targets, str) else list(targets),
-        }
-        tensors = {name: tensor.detach().float() for name, tensor in self.adapter_state().items()}
-        write_adapter(Path(folder), PEFT_FILES, config, tensors)
+        config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": self.model_name}
+        config |= {theirs: self.arguments[ours] for theirs, ours in PEFT_NAMES.items()}
+        write_adapter(Path(folder), LoRABertModel.FILES, config, self.adapter_state(), self)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None):
+    def from_pretrained(cls, folder, dtype=None, model_name=None):
         """The model whose adapter `save_pretrained`, or PEFT, wrote into `folder`, ready to evaluate.
 
+        Args:
+            dtype: of the frozen weights, as for the class.
+            model_name: the base, where it is not, or no longer, what the adapter's config calls it.
+
         Raises:
-            ValueError: for a folder without an adapter, one that is not LoRA, and one whose tensors do not fit.
+            ValueError: as the class, and as `load_adapter`.
         """
-        config, tensors = read_adapter(Path(folder), PEFT_FILES)
-        if config.get("peft_type") != "LORA":
-            raise ValueError(f"{folder} has the peft_type {config.get('peft_type')!r}: only LORA can be loaded")
-        for option in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias"):
-            if config.get(option):
-                raise ValueError(f"{folder} sets {option} to {config[option]!r}, which LoRABertModel does not have")
-        head_bias = tensors.get(f"base_model.model.{HEAD}.bias", ())
-        model = cls(
-            config["base_model_name_or_path"],
-            rank=config["r"],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
-            target_modules=config["target_modules"],
-            num_labels=len(head_bias) or 2,
-            dtype=dtype,
-            use_rslora=config.get("use_rslora", False),
-        )
-        copy_tensors(model.adapter_state(), tensors, folder)
+        adapter = read_adapter(Path(folder), cls.FILES)
+        model_name = model_name or adapter.config.get("base_model_name_or_path")
+        if not model_name:
+            raise ValueError(f"{adapter.file} names no base model: give its hub id or its folder as model_name")
+        model = cls(model_name, **cls.arguments_of(adapter), dtype=dtype)
+        model.take_in(adapter)
         return model.eval()
+
+    def load_adapter(self, folder):
+        """Put the adapter and the head in `folder` in the place of this model's, whatever rank and targets they have.
+
+        The base is not touched, so it takes milliseconds. A, B and head are new parameters: give them to a new
+        optimizer. PEFT's files tell neither the base nor the scaling, which is then said in a line.
+
+        Raises:
+            ValueError: for an adapter that is not there as a whole or is damaged, one of a kind that this class does
+                not have, and one that was trained on another base. The model stays as it was.
+        """
+        self.take_in(read_adapter(Path(folder), self.FILES))
+
+    @classmethod
+    def arguments_of(cls, adapter):
+        """What this class is called with to hold an `Adapter`; refuses what PEFT has and this class has not."""
+        for field, value in adapter.config.items():
+            allowed = PEFT_ALLOWED.get(field, (None, False, "", [], {}))
+            if field not in PEFT_NAMES and field not in PEFT_ASIDE and value not in allowed:
+                allowed = " or ".join(map(repr, allowed)) if field in PEFT_ALLOWED else "to leave it out"
+                raise ValueError(
+                    f"{adapter.file} has {field}={value!r}, which {cls.__name__} does not have: allowed is {allowed}"
+                )
+        if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in adapter.config]:
+            raise ValueError(f"{adapter.file} lacks {', '.join(missing)}: it must hold what save_pretrained writes")
+        arguments = {ours: adapter.config[theirs] for theirs, ours in PEFT_NAMES.items() if theirs in adapter.config}
+        return arguments | {"num_labels": len(adapter.tensors.get(f"base_model.model.{HEAD}.bias", ())) or 2}
+
+    def slots(self):
+        """The tensors that those of a saved adapter go into, under the same names."""
+        return self.adapter_state()
+
+    def take_in(self, adapter):
+        """Put new layers and a new head in, filled from an `Adapter`, or leave everything as it was."""
+        arguments = self.arguments | self.arguments_of(adapter)
+        layers, width = self.adapted_layers(arguments), self.model.config.hidden_size
+        head = nn.Linear(width, arguments["num_labels"], device=self.model.device)
+        check_record(adapter, self, next(iter(layers.values())).scaling)
+        layers_before, head_before = self.exchange(layers, head)
+        try:
+            fill(self.slots(), adapter.tensors, adapter.file.parent, widen=adapter.record is None)
+        except BaseException:
+            self.exchange(layers_before, head_before)
+            raise
+        for layer in layers_before.values():
+            layer.unmerge()  # the base that it shared with its successor
+        self.arguments = arguments
+        for config in (self.model.config, self.checkpoint_config):
+            name_labels(config, arguments["num_labels"])
 
     @torch.no_grad()
     def merge_and_unload(self):
@@ -1064,6 +1130,9 @@ class qLoRABertModel(LoRABertModel):
     Source: of the quantised base Dettmers et al. 2023, "QLoRA", section 3; of the rest see `QuantizedLoRALayer`.
     """
 
+    FILES = ("quantized_config.json", "adapter_quantized.safetensors")  # names that PEFT does not take for its own
+    LAYER = QuantizedLoRALayer
+
     def __init__(
         self,
         model_name,
@@ -1079,11 +1148,8 @@ class qLoRABertModel(LoRABertModel):
     ):
         check_bits("bits", bits, range(2, 9))
         check_bits("base_bits", base_bits, (None, 8, 4))
-        self.bits, self.base_bits = bits, base_bits
+        self.widths = {"bits": bits, "base_bits": base_bits}
         super().__init__(model_name, rank, alpha, dropout, target_modules, num_labels, dtype, use_rslora)
-
-    def wrap(self, linear):
-        return QuantizedLoRALayer(linear, bits=self.bits, **self.lora_arguments)
 
     def pack(self):
         """Keep of every A and B its integers and scales alone (see `QuantizedLoRALayer.pack`)."""
@@ -1110,72 +1176,173 @@ class qLoRABertModel(LoRABertModel):
 
         With `peft` also PEFT's two files, with A and B as they decode. Packed or not, the model stays as it is.
         """
-        targets = self.target_modules
-        config = {
-            "base_model_name_or_path": self.model_name,
-            "bits": self.bits,
-            "base_bits": self.base_bits,
-            "target_modules": targets if isinstance(targets, str) else list(targets),
-            "num_labels": self.model.config.num_labels,
-            **self.lora_arguments,
-        }
-        write_adapter(Path(folder), QUANTIZED_FILES, config, self.packed_state())
+        config = {"base_model_name_or_path": self.model_name, **self.arguments}
+        write_adapter(Path(folder), self.FILES, config, self.packed_state(), self)
         if peft:
             super().save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """The model whose adapter `save_pretrained` wrote, packed, ready to evaluate; `unpack` makes it trainable.
+    def arguments_of(cls, adapter):
+        if adapter.record is None:
+            raise ValueError(f"{adapter.file.parent} has tensors with no record: save_pretrained writes one with them")
+        arguments = {name: value for name, value in adapter.config.items() if name != "base_model_name_or_path"}
+        known = set(inspect.signature(cls).parameters) - {"model_name", "dtype"}
+        if odd := sorted(known ^ set(arguments)):
+            wrong = "lacks" if odd[0] in known else "has the unknown"
+            raise ValueError(
+                f"{adapter.file} {wrong} {odd[0]}: it must hold {', '.join(sorted(known))}, as it was saved"
+            )
+        return arguments
 
-        Raises:
-            ValueError: for a folder without a quantised adapter, and one whose tensors do not fit its config.
-        """
-        config, tensors = read_adapter(Path(folder), QUANTIZED_FILES)
-        model = cls(config.pop("base_model_name_or_path"), dtype=dtype, **config)
-        model.pack()
-        copy_tensors(model.packed_state(), tensors, folder)
-        return model.eval()
+    def slots(self):
+        self.pack()
+        return self.packed_state()
+
+    def take_in(self, adapter):
+        """As for `LoRABertModel`, and packed; `unpack` makes it trainable."""
+        bits = adapter.config.get("base_bits")
+        if bits != self.widths["base_bits"]:
+            own = self.widths["base_bits"]
+            raise ValueError(f"{adapter.file} has base_bits={bits}, and this model {own}: load it by from_pretrained")
+        super().take_in(adapter)
 
 
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# names that PEFT does not take for its own
-QUANTIZED_FILES = ("quantized_config.json", "adapter_quantized.safetensors")
+# PEFT's names of the arguments; other fields that its config may hold, and with which values; what says nothing of the
+# computation. Any other field must be left out or empty: it asks for something that is not here.
+PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+PEFT_NAMES |= {"use_rslora": "use_rslora", "target_modules": "target_modules"}
+PEFT_ALLOWED = {
+    "peft_type": ("LORA",),
+    "task_type": ("SEQ_CLS", None),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others change the base
+    "modules_to_save": (None, ["classifier", "score"], ["classifier"]),
+    "revision": (None, "main"),
+}
+PEFT_ASIDE = {"base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version"}
+PEFT_ASIDE |= {"megatron_core", "qalora_group_size"}
 
 
-def write_adapter(folder, names, config, tensors):
-    """Write both files beside their names, and only then rename them: neither is ever half-written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [folder / f"{name}.part" for name in names]
-    parts[0].write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, parts[1], metadata={"format": "pt"})
-    for part, name in zip(parts, names, strict=True):
-        part.replace(folder / name)
+class Adapter(NamedTuple):
+    """What `read_adapter` found: the config and its file, the tensors, and the record that came with them, or None."""
+
+    file: Path
+    config: dict
+    tensors: dict
+    record: dict | None
+
+
+def write_whole(contents):
+    """Write {file: bytes} beside their names, and rename them once all are there: each is whole, or as it was."""
+    parts = {file: file.with_name(f"{file.name}.part") for file in contents}
+    for file, part in parts.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as opened:
+            opened.write(contents[file])
+            os.fsync(opened.fileno())
+    for file, part in parts.items():
+        part.replace(file)
+
+
+def as_safetensors(tensors, record):
+    """The bytes of a safetensors file, with a record as JSON in its metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(tensors, {"format": "pt", "lora_utils": json.dumps(record)})
+
+
+def read_tensors(file):
+    """(tensors, record) of a safetensors file; the record is None where it has none of ours."""
+    try:
+        with safe_open(file, "pt") as opened:
+            record = (opened.metadata() or {}).get("lora_utils")
+            return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(record or "null")  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is no whole safetensors file ({error}): write it anew, or copy it again") from None
+
+
+def write_adapter(folder, names, config, tensors, model):
+    """Write an adapter's config, and its tensors with a record: config, scaling, fingerprint of the base."""
+    scaling = next(iter(model.lora_layers().values())).scaling
+    tensors = as_safetensors(tensors, {"config": config, "scaling": scaling, "base": model.fingerprint})
+    write_whole({folder / names[0]: (json.dumps(config, indent=2) + "\n").encode(), folder / names[1]: tensors})
 
 
 def read_adapter(folder, names):
-    """The config and the tensors of an adapter's folder."""
+    """The `Adapter` in a folder. A config and tensors that were not written together are refused."""
+    there = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"no {name} in {folder}: it must be a folder that save_pretrained wrote")
-    return json.loads((folder / names[0]).read_text()), load_file(folder / names[1])
+            raise ValueError(
+                f"no {name} in {folder}: it must be a folder that save_pretrained wrote, and holds {there}"
+            )
+    file = folder / names[0]
+    try:
+        config = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is no JSON object ({error}): save the adapter anew, or copy it again") from None
+    tensors, record = read_tensors(folder / names[1])
+    written = record["config"] if record else config
+    for field in sorted(written.keys() | config.keys()):
+        if field != "base_model_name_or_path" and config.get(field) != written.get(field):  # a base may be moved
+            values = f"{field}={config.get(field)!r}, and {names[1]} was written with {written.get(field)!r}"
+            raise ValueError(f"{file} has {values}: they do not belong together; put both back as they were saved")
+    return Adapter(file, config, tensors, record)
+
+
+def check_record(adapter, model, scaling):
+    """Refuse an adapter of another base or with another scaling; where its file tells neither, say so."""
+    where = f"{adapter.file.parent}"
+    if adapter.record is None:
+        named = adapter.config.get("base_model_name_or_path")
+        say(
+            f"Adapter: {where}, which tells neither base nor scaling, as PEFT's do not: that it was trained on "
+            f"{model.model_name} (it names {named}) and with scaling {scaling:g} could not be verified"
+        )
+        return
+    for what, own in (("base", model.fingerprint), ("scaling", scaling)):
+        if adapter.record[what] != own:
+            raise ValueError(
+                f"the adapter in {where} was trained with {what} {adapter.record[what]}, and {model.model_name} "
+                f"has {own}: load it into a model of the base that it was trained on"
+            )
 
 
 @torch.no_grad()
-def copy_tensors(own, tensors, folder):
-    """Copy a file's tensors into a model's, if they are the very same names, shapes and dtypes."""
-    expected, found = (
-        {(name, t.shape, t.dtype if not t.is_floating_point() else "float") for name, t in state.items()}
-        for state in (own, tensors)
-    )
-    if expected != found:
-        odd = sorted({name for name, *_ in expected ^ found})
-        raise ValueError(f"the file in {folder} does not fit its config at {len(odd)} tensors, such as {odd[0]}")
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+def fill(slots, tensors, where, widen=False):
+    """Copy a file's tensors into a model's, if they have the very same names, shapes and dtypes, and finite values.
+
+    With `widen` float32 may be stored in 16 bits, as PEFT does for a model in 16 bits.
+    """
+
+    def described(tensor):
+        half = widen and tensor.dtype in (torch.float16, torch.bfloat16)
+        return f"{str(torch.float32 if half else tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+    expected, found = ({name: described(t) for name, t in state.items()} for state in (slots, tensors))
+    if odd := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        here, wanted = (state.get(odd[0], "not there") for state in (found, expected))
+        raise ValueError(
+            f"{where}: {odd[0]} is {here}, and is expected to be {wanted} by its config and the model "
+            f"({len(odd)} such tensors): take the file that was saved with this config, for this model"
+        )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{where}: {name} holds values that are not finite: nothing can be computed with it; save it anew"
+            )
+    for name, slot in slots.items():
+        slot.copy_(tensors[name])
 
 
-def read_bert_config(checkpoint, num_labels):
-    """The checkpoint's configuration with `num_labels` classes; refuses what is not a BERT."""
+def name_labels(config, num_labels):
+    """Give a BERT's config so many classes, and two their names in SST-2."""
+    config.num_labels = num_labels
+    if num_labels == 2:
+        config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
+
+
+def read_bert_config(checkpoint):
+    """The checkpoint's configuration; refuses what is not a BERT."""
     if not (checkpoint.folder / "config.json").is_file():
         raise ValueError(f"no config.json in the model folder {checkpoint.folder}: it must hold a BERT checkpoint")
     config = AutoConfig.from_pretrained(checkpoint.folder)
@@ -1183,9 +1350,6 @@ def read_bert_config(checkpoint, num_labels):
         raise ValueError(f"{checkpoint.name} is a decoder (is_decoder is true): allowed are BERTs that see all words")
     if config.model_type != "bert":
         raise ValueError(f"{checkpoint.name} is a {config.model_type!r} checkpoint: allowed are those of type 'bert'")
-    config.num_labels = num_labels
-    if num_labels == 2:
-        config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
     config.dtype = torch.float32
     return config
 
@@ -1194,8 +1358,9 @@ def load_frozen(model, checkpoint, dtype, base_bits=None):
     """Give a model without weights the checkpoint's, frozen, and a new head where it has none.
 
     Tensor by tensor, each quantised or in `dtype` before the next is read, so that the checkpoint is never in memory
-    as a whole.
+    as a whole. Returns the base's fingerprint: the SHA-256 of all it read but the head, as it was in the file.
     """
+    digest = hashlib.sha256()
     file = checkpoint.folder / "model.safetensors"
     if not file.is_file():
         raise ValueError(f"no model.safetensors in the model folder {checkpoint.folder}: it must hold a BERT's weights")
@@ -1213,6 +1378,9 @@ def load_frozen(model, checkpoint, dtype, base_bits=None):
             if f"{name}.{kind}" in keys:
                 with safe_open(file, "pt") as opened:  # for each tensor, or what was read stays mapped
                     tensor = opened.get_tensor(keys[f"{name}.{kind}"])
+                if name != HEAD:
+                    digest.update(f"{name}.{kind} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    digest.update(tensor.contiguous().view(torch.uint8).numpy())
                 tensor = tensor if quantized and kind == "weight" else tensor.to(dtype, copy=True)
             else:
                 tensor = torch.zeros(empty.shape, dtype=dtype)
@@ -1227,6 +1395,7 @@ def load_frozen(model, checkpoint, dtype, base_bits=None):
                 model.set_submodule(name, QuantizedLinear(module, base_bits))
             else:
                 model.set_submodule(name, QuantizedEmbedding(module, base_bits, dtype))
+    return digest.hexdigest()
 
 
 def as_transformers_names_it(key):
@@ -1301,7 +1470,7 @@ def load_sst2(dataset="auto"):
     name = "SST-2" if sizes == SST2_SIZES else folder.name
     for split in splits.values():
         split.info.dataset_name = name
-    print(f"Data: {name}, {sizes['train']:,} training and {sizes['validation']:,} validation sentences ({origin})")
+    say(f"Data: {name}, {sizes['train']:,} training and {sizes['validation']:,} validation sentences ({origin})")
     return splits
 
 
@@ -1386,6 +1555,21 @@ def make_loader(split, tokenizer, batch_size=32, shuffle=False, seed=0):
     return DataLoader(rows, batch_sampler=batches, collate_fn=DataCollatorWithPadding(tokenizer))
 
 
+def my_rows(batch, device):
+    """The rows of a batch that this process takes, on a device, and their weight.
+
+    Number i of n processes takes the rows i, i + n, ...: none is repeated to give all of them as many. The loss of
+    these rows, a mean, is to be multiplied by the weight, n · these rows / all rows: then the mean over the processes,
+    which is what backward makes of gradients, is the one over all rows. A process that is left without a row takes
+    the first, with weight 0, since every process must take part. Alone it is the whole batch, with weight 1.
+    """
+    number, count = processes()
+    rows = len(batch["labels"])
+    mine = slice(number, None, count) if number < rows else slice(1)
+    weight = len(range(number, rows, count)) * count / rows
+    return {name: tensor[mine].to(device) for name, tensor in batch.items()}, weight
+
+
 # --------------------------------------------------------------------------------------------------
 # 5. Measuring
 # --------------------------------------------------------------------------------------------------
@@ -1420,23 +1604,27 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(model, loader):
-    """Accuracy of a model on all sentences of a loader made with `shuffle=False`, as an `Evaluation`."""
+    """Accuracy of a model on all sentences of a loader made with `shuffle=False`, as an `Evaluation`.
+
+    Several processes take turns batch by batch, and all of them get the result for all sentences, each counted once.
+    Give it the model itself, not one that was wrapped for training.
+    """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    indices, predictions, right, loss = [], [], 0, 0.0
-    for index, batch in zip(loader.batch_sampler, loader, strict=True):
-        batch = batch.to(device)
-        output = model(**batch)
-        predicted = output.logits.argmax(-1)
-        right += (predicted == batch["labels"]).sum().item()
-        loss += output.loss.item() * len(index)
-        indices += index
-        predictions += predicted.tolist()
+    device, (number, count) = next(model.parameters()).device, processes()
+    found = []  # (index, whether right, label given) of each sentence
+    losses = []
+    for turn, (index, batch) in enumerate(zip(loader.batch_sampler, loader, strict=True)):
+        if turn % count == number:
+            output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            predicted = output.logits.argmax(-1).cpu()
+            found += zip(index, (predicted == batch["labels"]).tolist(), predicted.tolist(), strict=True)
+            losses.append(output.loss.item() * len(index))
     model.train(was_training)
-    n = len(indices)
-    in_order = [label for _, label in sorted(zip(indices, predictions, strict=True))]
-    return Evaluation(right / n, *wilson_interval(right, n), n, loss / n, in_order)
+    found, losses = (list(itertools.chain(*parts)) for parts in (gathered(found), gathered(losses)))
+    right, n = sum(is_right for _, is_right, _ in found), len(found)
+    in_order = [label for _, _, label in sorted(found)]
+    return Evaluation(right / n, *wilson_interval(right, n), n, sum(losses) / n, in_order)
 
 
 class LedgerRow(NamedTuple):
@@ -1523,3 +1711,64 @@ def memory_ledger(model, optimizer=None, batch=None):
             add("saved for backward", dtype_of(tensor), tensor)
         del output
     return Ledger(LedgerRow(*key, *value) for key, value in rows.items())
+
+
+def save_run(file, run, settings):
+    """Write what a training run needs to go on with the very bits it stopped with; the base is not in it.
+
+    Args:
+        file: written as a whole or not at all; one that is there is replaced. Several processes call this together,
+            and the first one writes.
+        run: has `model`, `optimizer`, `schedule` and the lists `losses` and `rates`, a number for each step.
+        settings: {name: value}, such as the knobs of a notebook; only a run with the same ones can take it up.
+
+    What is in it: A, B and head in float32, the optimizer's states and learning rates, where the schedule is, the
+    random states of all processes. The order of the data follows from the number of steps, seed and epoch.
+    """
+    state = run.optimizer.state_dict()
+    tensors = {f"trained.{name}": p for name, p in run.model.named_parameters() if p.requires_grad}
+    for number, states in state["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in states.items()}
+    random = gathered([torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])])
+    tensors |= {f"random.{i}.{j}": t for i, states in enumerate(random) for j, t in enumerate(states)}
+    record = {"settings": settings | {"base": run.model.fingerprint, "processes": len(random)}}
+    record |= {"groups": state["param_groups"], "schedule": run.schedule.state_dict()}
+    record |= {"losses": run.losses, "rates": run.rates}
+    if processes()[0] == 0:
+        write_whole({Path(file): as_safetensors(tensors, record)})
+
+
+def load_run(file, run, settings):
+    """Take up what `save_run` wrote, if the file is there; returns whether it is.
+
+    Raises:
+        ValueError: for a file that is damaged, and one of a run with other settings, another base or another number of
+            processes. The run is then as it was.
+    """
+    if not Path(file).is_file():
+        return False
+    tensors, record = read_tensors(Path(file))
+    settings = settings | {"base": run.model.fingerprint, "processes": processes()[1]}
+    for name in sorted(settings.keys() | record["settings"].keys()):
+        own, saved = settings.get(name), record["settings"].get(name)
+        if own != saved:
+            raise ValueError(
+                f"{file} was written with {name}={saved!r}, and this run has {own!r}: delete it to begin anew"
+            )
+    parts = {"trained": {}, "optimizer": {}, "random": {}}
+    for name, tensor in tensors.items():
+        part, _, name = name.partition(".")
+        parts[part][name] = tensor
+    fill({name: p for name, p in run.model.named_parameters() if p.requires_grad}, parts["trained"], file)
+    states = {}
+    for name, tensor in parts["optimizer"].items():
+        number, _, name = name.partition(".")
+        states.setdefault(int(number), {})[name] = tensor
+    run.optimizer.load_state_dict({"state": states, "param_groups": record["groups"]})
+    run.schedule.load_state_dict(record["schedule"])
+    run.losses[:], run.rates[:] = record["losses"], record["rates"]
+    torch.set_rng_state(parts["random"][f"{processes()[0]}.0"])
+    if torch.cuda.is_available():
+        states = [tensor for name, tensor in parts["random"].items() if name.startswith(f"{processes()[0]}.")]
+        torch.cuda.set_rng_state_all(states[1:])
+    return True

@@ -218,28 +218,6 @@ def test_a_saved_adapter_loads_with_the_same_logits(bert, batch, tmp_path, targe
     ]
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"r": 4}, "does not fit its config"),
-        ({"target_modules": ["key"]}, "does not fit its config"),
-        ({"use_dora": True}, "use_dora"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_its_config_is_refused(bert, tmp_path, damage, message):
-    float32(bert).save_pretrained(tmp_path)
-    config = tmp_path / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **damage}))
-    with pytest.raises(ValueError, match=message):
-        LoRABertModel.from_pretrained(tmp_path)
-
-
-def test_a_folder_without_an_adapter_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no adapter_config\.json"):
-        LoRABertModel.from_pretrained(tmp_path)
-
-
 def test_bert_base_trains_as_many_parameters_as_predicted(tmp_path, capsys):
     with torch.device("meta"):
         base = BertForSequenceClassification(BertConfig(vocab_size=100))
