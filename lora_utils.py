@@ -1552,7 +1552,9 @@ def make_loader(split, tokenizer, batch_size=32, shuffle=False, seed=0):
     rows = [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
     lengths = [len(row["input_ids"]) for row in rows]
     batches = LengthBatches(lengths, batch_size, shuffle, seed)
-    return DataLoader(rows, batch_sampler=batches, collate_fn=DataCollatorWithPadding(tokenizer))
+    # a generator of its own: from PyTorch's it would draw a number an epoch, and a resumed run one more than that
+    generator = torch.Generator()
+    return DataLoader(rows, batch_sampler=batches, collate_fn=DataCollatorWithPadding(tokenizer), generator=generator)
 
 
 def my_rows(batch, device):
@@ -1748,6 +1750,8 @@ def load_run(file, run, settings):
     if not Path(file).is_file():
         return False
     tensors, record = read_tensors(Path(file))
+    if "settings" not in (record or {}):
+        raise ValueError(f"{file} holds no training run that save_run wrote: give another name, or delete it")
     settings = settings | {"base": run.model.fingerprint, "processes": processes()[1]}
     for name in sorted(settings.keys() | record["settings"].keys()):
         own, saved = settings.get(name), record["settings"].get(name)

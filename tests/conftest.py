@@ -9,12 +9,20 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tests-")
 os.environ.pop("SST2_DIR", None)
 
 import json
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from tqdm import tqdm
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, get_linear_schedule_with_warmup
 
 import lora_utils
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +83,18 @@ def randomise(model, seed=0):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1 if "lora" in name else 0.5)
     return model
+
+
+def loop_of(notebook, **names):
+    """What a notebook's cells define for training, `new_run` and `train`, to be run with a test's data and knobs."""
+    cells = [cell.source for cell in nbformat.read(ROOT / notebook, as_version=4).cells if cell.cell_type == "code"]
+    space = {
+        **{"torch": torch, "sys": sys, "zlib": zlib, "Path": Path, "tqdm": tqdm, "SimpleNamespace": SimpleNamespace},
+        **{"get_linear_schedule_with_warmup": get_linear_schedule_with_warmup, "my_rows": lora_utils.my_rows},
+        **{"load_run": lora_utils.load_run, "save_run": lora_utils.save_run, "DATA": "phrases", "SEED": 0},
+        **{"EPOCHS": 2, "CHECKPOINT_EVERY": 3, "BATCH_SIZE": 8, **names},
+    }
+    for source in cells:
+        if source.startswith(("def new_run(", "def training_step(", "def train(")):
+            exec(source, space)
+    return SimpleNamespace(**space)

@@ -1,6 +1,10 @@
+import ast
+import copy
+import importlib.metadata
 import itertools
 import json
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -9,11 +13,9 @@ from types import SimpleNamespace
 import nbformat
 import papermill
 import pytest
-import torch
-from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
+from nbclient import NotebookClient
 
-from lora_utils import LoRABertModel, load_sst2, make_loader
+from lora_utils import MOVIE_PHRASES, OFFLINE_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ["LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
@@ -77,7 +79,7 @@ def test_one_cell_is_tagged_parameters_and_holds_literals_only(notebook):
     names = re.findall(r"^(\w+) = ", tagged[0].source, re.MULTILINE)
     quantised = any("qLoRABertModel" in cell.source for cell in code_cells(notebook))
     knobs = f"""MODEL DATASET RANK ALPHA DROPOUT {"BITS BASE_BITS" if quantised else ""} TARGETS
-        LEARNING_RATE EPOCHS BATCH_SIZE TRAIN_SENTENCES SEED"""
+        LEARNING_RATE EPOCHS BATCH_SIZE TRAIN_SENTENCES SEED CHECKPOINT_EVERY"""
     assert len(tagged) == 1 and names == knobs.split()
 
 
@@ -89,53 +91,98 @@ def test_every_figure_is_small_and_has_a_caption(notebook):
                 assert following.source.startswith("*Figure ")
 
 
-def test_a_training_loop_that_is_interrupted_goes_on_where_it_stopped(notebook, bert, tokenizer, capsys):
-    """The notebook's own `new_run` and `train`, interrupted in an epoch, against the same run in one go."""
-    loader = make_loader(load_sst2("auto")["train"].select(range(40)), tokenizer, batch_size=8, shuffle=True)
-    cell = {
-        **{"torch": torch, "sys": sys, "tqdm": tqdm, "SimpleNamespace": SimpleNamespace, "train_loader": loader},
-        **{"EPOCHS": 2, "device": "cpu", "get_linear_schedule_with_warmup": get_linear_schedule_with_warmup},
-    }
-    for source in (cell.source for cell in code_cells(notebook)):
-        if source.startswith(("def new_run(", "def train(")):
-            exec(source, cell)
+def test_on_colab_what_is_missing_is_fetched_and_installed_and_elsewhere_nothing(notebook, tmp_path, monkeypatch):
+    cell = next(cell.source for cell in code_cells(notebook) if "google.colab" in cell.source)
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    monkeypatch.chdir(tmp_path)
+    exec(cell, {})
+    assert ran == []
 
-    def interrupt_at(call):
-        def forward(model, arguments):
-            interrupt_at.calls += 1
-            if interrupt_at.calls == call:
-                raise KeyboardInterrupt
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    with pytest.raises(FileNotFoundError, match="upload lora_utils"):
+        exec(cell, {})
+    (tmp_path / "lora_utils.py").touch()
+    here = importlib.metadata.version("accelerate")
+    lines = f"accelerate=={here}  # here\ntorch==1.0.0  # older\nno-such-package==3.1.0\ntransformers==99.0.0\n"
+    (tmp_path / "requirements.txt").write_text("# what is needed\n" + lines)
+    exec(cell, {})
+    assert [command[5:] for command in ran] == [["no-such-package==3.1.0", "transformers==99.0.0"]]
 
-        interrupt_at.calls = 0
-        return forward
 
-    def a_run():
-        torch.manual_seed(0)
-        return cell["new_run"](LoRABertModel(str(bert), dtype=torch.float32), 1e-3)
+def test_the_notebook_fetches_the_project_where_it_is_told_its_address(notebook, tmp_path, monkeypatch):
+    cell = next(cell.source for cell in code_cells(notebook) if "google.colab" in cell.source)
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", "published"]
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "lora_utils.py").touch()
+    (tmp_path / "published" / "requirements.txt").write_text("torch==1.0.0\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *command], check=True)
+    exec(cell.replace('REPOSITORY = ""', f'REPOSITORY = "file://{tmp_path}/published"'), {})
+    assert (Path.cwd() / "lora_utils.py").is_file() and Path.cwd().name == "lesson"
 
-    whole, stopped = a_run(), a_run()
-    cell["train"](whole)
-    hook = stopped.model.register_forward_pre_hook(interrupt_at(8))
-    cell["train"](stopped)
-    assert len(stopped.losses) == 7 and "run this cell again" in capsys.readouterr().out
-    hook.remove()
-    cell["train"](stopped)
-    assert len(whole.losses) == 10 and stopped.losses == whole.losses
-    cell["train"](stopped)
-    assert len(stopped.losses) == 10
+
+EVERY_KNOB = {
+    **{"MODEL": OFFLINE_MODEL, "DATASET": str(MOVIE_PHRASES), "RANK": 2, "ALPHA": 4.0, "DROPOUT": 0.1},
+    **{"TARGETS": ["query", "dense"], "LEARNING_RATE": 5e-4, "EPOCHS": 1, "BATCH_SIZE": 16, "TRAIN_SENTENCES": 160},
+    **{"SEED": 1, "CHECKPOINT_EVERY": 3},
+}
+QUANTISED_KNOBS = {"BITS": 3, "BASE_BITS": 8}
+
+
+def knobs(notebook):
+    return EVERY_KNOB | (QUANTISED_KNOBS if "qLoRABertModel" in str(notebook) else {})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_runs_from_top_to_bottom_in_a_short_setting(name, tmp_path, monkeypatch):
+def test_papermill_runs_a_notebook_with_every_knob_changed(name, tmp_path, monkeypatch):
     monkeypatch.delenv("SST2_DIR", raising=False)
-    knobs = {"EPOCHS": 1, "TRAIN_SENTENCES": 160, "RANK": 2, "ALPHA": 4.0, "TARGETS": ["query", "dense"]}
+    source = nbformat.read(ROOT / name, as_version=4)
+    before = next(cell.source for cell in code_cells(source) if "parameters" in cell.metadata.get("tags", []))
+    values = {}
+    exec(before, values)
+    assert all(values[knob] != value for knob, value in knobs(source).items())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # papermill's own
         papermill.execute_notebook(
-            str(ROOT / name), str(tmp_path / name), {**knobs, "DROPOUT": 0.1}, cwd=str(ROOT), progress_bar=False
+            str(ROOT / name), str(tmp_path / name), knobs(source), cwd=str(ROOT), progress_bar=False
         )
     executed = nbformat.read(tmp_path / name, as_version=4)
     text = json.dumps([cell.outputs for cell in code_cells(executed)])
     assert "movie_phrases" in text and "Validation accuracy, LoRA" in text
     assert ("Validation accuracy, q-LoRA" in text) == name.startswith("q")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_cell_can_be_interrupted_and_run_again_and_again(name, tmp_path, monkeypatch):
+    """Each cell up to a statement in its middle, then whole, then whole once more, in one kernel."""
+    monkeypatch.delenv("SST2_DIR", raising=False)
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    cells = []
+    for cell in code_cells(notebook):
+        if cell.source.startswith(("script = ", "def as_script", "def in_processes")):
+            continue  # they run the whole notebook in other processes
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += "".join(f"\n{knob} = {value!r}" for knob, value in knobs(notebook).items())
+        statements = ast.parse(cell.source).body
+        lines = cell.source.splitlines()[: statements[len(statements) // 2].lineno - 1]
+        interrupted = nbformat.v4.new_code_cell("\n".join([*lines, "raise KeyboardInterrupt"]))
+        interrupted.metadata["tags"] = ["raises-exception"]
+        cells += [interrupted, cell, copy.deepcopy(cell)]
+    notebook.cells = [*cells, nbformat.v4.new_code_cell(NOTHING_IS_STACKED)]
+    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert notebook.cells[-1].outputs[-1].text.startswith("models, none of them stacked:")
+
+
+NOTHING_IS_STACKED = """
+runs = [run for run in globals().values() if isinstance(run, SimpleNamespace) and hasattr(run, "prepared")]
+for run in runs:
+    assert len(run.losses) == len(run.rates) == run.steps
+    assert not any(isinstance(layer.base, LoRALayer) for layer in run.model.lora_layers().values())
+assert len(accelerator._models) <= 1 and len(list(Path("checkpoints").glob("*"))) == 0
+print("models, none of them stacked:", len(runs))
+"""
