@@ -308,7 +308,7 @@ BREAKAGES = [
     ),
     (
         "batches take from the random numbers of the model",
-        ", generator=generator)",
+        "collate_fn=DataCollatorWithPadding(tokenizer), generator=generator)",
         ")",
         "running",
         "a_run_that_was_given_up_is_taken_up",
