@@ -309,7 +309,7 @@ BREAKAGES = [
     (
         "batches take from the random numbers of the model",
         "collate_fn=DataCollatorWithPadding(tokenizer), generator=generator)",
-        ")",
+        "collate_fn=DataCollatorWithPadding(tokenizer))",
         "running",
         "a_run_that_was_given_up_is_taken_up",
     ),
