@@ -35,6 +35,10 @@ bench: $(VENV)/installed-tests
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/report.py
 
+# Once it is published: the address into the notebooks' first cell, and the badges: make publish REPOSITORY=https://github.com/owner/name
+publish: $(VENV)/installed
+	$(BIN)/python tests/publish.py $(REPOSITORY)
+
 # Execute the notebooks in place, to commit them: with real data, SST2_DIR=folder make notebooks
 notebooks: $(VENV)/installed
 	$(BIN)/python tests/run_notebook.py --in-place $(NOTEBOOKS)
@@ -49,4 +53,4 @@ $(VENV)/installed-tests: $(VENV)/installed tests/requirements.txt
 	$(BIN)/python -m pip install -r tests/requirements.txt
 	touch $@
 
-.PHONY: run lab test test-all lint bench notebooks
+.PHONY: run lab test test-all lint bench publish notebooks

@@ -4,7 +4,7 @@
 2. Layers         `LoRALayer`: a frozen linear layer with a trained low-rank update beside it; `QuantizedLoRALayer`
 3. Models         `LoRABertModel`, `qLoRABertModel`: a BERT classifier whose chosen linear layers are such layers
 4. Data           SST-2 from the hub, a folder or the offline set; batches of sentences of like length
-5. Measuring      accuracy with its interval; every byte that a model holds
+5. Measuring      accuracy with its interval; every byte that a model holds; the state of a training run
 
 Each part uses only the parts above it. The training loop is not here: it stands in the notebooks.
 """
@@ -873,6 +873,12 @@ class LoRABertModel(nn.Module):
         num_labels: how many classes the head tells apart.
         dtype: of the frozen weights; None takes bfloat16 where the machine computes in it, else float32.
 
+    Attributes:
+        model: the `BertForSequenceClassification` with the layers in it.
+        model_name: the base, by its hub id or as its folder was named.
+        arguments: {name: value} of all others but dtype: what an adapter decides.
+        fingerprint: of the base's weights, by which an adapter knows it again.
+
     Raises:
         ValueError: before any weights are loaded, for an argument out of range, a target that names no layer, a
             model that is not there, a checkpoint that is not a BERT.
@@ -1045,7 +1051,8 @@ class LoRABertModel(nn.Module):
         if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in adapter.config]:
             raise ValueError(f"{adapter.file} lacks {', '.join(missing)}: it must hold what save_pretrained writes")
         arguments = {ours: adapter.config[theirs] for theirs, ours in PEFT_NAMES.items() if theirs in adapter.config}
-        return arguments | {"num_labels": len(adapter.tensors.get(f"base_model.model.{HEAD}.bias", ())) or 2}
+        bias = adapter.tensors.get(f"base_model.model.{HEAD}.bias")
+        return arguments | {"num_labels": 2 if bias is None else bias.numel()}
 
     def slots(self):
         """The tensors that those of a saved adapter go into, under the same names."""
@@ -1056,6 +1063,8 @@ class LoRABertModel(nn.Module):
         arguments = self.arguments | self.arguments_of(adapter)
         layers, width = self.adapted_layers(arguments), self.model.config.hidden_size
         head = nn.Linear(width, arguments["num_labels"], device=self.model.device)
+        for module in (*layers.values(), head):
+            module.train(self.training)
         check_record(adapter, self, next(iter(layers.values())).scaling)
         layers_before, head_before = self.exchange(layers, head)
         try:
@@ -1263,6 +1272,7 @@ def read_tensors(file):
 def write_adapter(folder, names, config, tensors, model):
     """Write an adapter's config, and its tensors with a record: config, scaling, fingerprint of the base."""
     scaling = next(iter(model.lora_layers().values())).scaling
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     tensors = as_safetensors(tensors, {"config": config, "scaling": scaling, "base": model.fingerprint})
     write_whole({folder / names[0]: (json.dumps(config, indent=2) + "\n").encode(), folder / names[1]: tensors})
 
@@ -1281,6 +1291,8 @@ def read_adapter(folder, names):
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is no JSON object ({error}): save the adapter anew, or copy it again") from None
     tensors, record = read_tensors(folder / names[1])
+    if record is not None and not {"config", "scaling", "base"} <= set(record):
+        raise ValueError(f"{folder / names[1]} has the record of something else than an adapter: save the adapter anew")
     written = record["config"] if record else config
     for field in sorted(written.keys() | config.keys()):
         if field != "base_model_name_or_path" and config.get(field) != written.get(field):  # a base may be moved

@@ -4,6 +4,7 @@ import importlib.metadata
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ import nbformat
 import papermill
 import pytest
 from nbclient import NotebookClient
+from publish import publish
 
 from lora_utils import MOVIE_PHRASES, OFFLINE_MODEL
 
@@ -186,3 +188,20 @@ for run in runs:
 assert len(accelerator._models) <= 1 and len(list(Path("checkpoints").glob("*"))) == 0
 print("models, none of them stacked:", len(runs))
 """
+
+
+def test_publishing_writes_the_address_into_each_notebook_and_one_badge_a_notebook(tmp_path):
+    for name in (*NOTEBOOKS, "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for address in ("https://github.com/one/first", "https://github.com/two/second.x"):
+        publish(address, tmp_path)
+    for name in NOTEBOOKS:
+        before, after = (nbformat.read(folder / name, as_version=4) for folder in (ROOT, tmp_path))
+        page = f"https://colab.research.google.com/github/two/second.x/blob/main/{name}"
+        assert after.cells[0].source.count("badge.svg") == 1 and f"({page})" in after.cells[0].source
+        changed = [b.source for a, b in zip(before.cells, after.cells, strict=True) if a.source != b.source]
+        assert len(changed) == 2 and 'REPOSITORY = "https://github.com/two/second.x"  # ' in changed[1]
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.count("badge.svg") == 2 and readme.count("second.x/blob") == 2 and "first" not in readme[:600]
+    with pytest.raises(ValueError, match=r"like https://github\.com/owner/name"):
+        publish("owner/name", tmp_path)

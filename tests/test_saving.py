@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import ROOT, randomise
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -74,6 +74,11 @@ def of_another_base(folder):
     save_file(load_file(file), file, metadata | {"lora_utils": json.dumps(record)})
 
 
+def of_another_kind(folder):
+    file = folder / TENSORS
+    save_file(load_file(file), file, {"format": "pt", "lora_utils": json.dumps({"settings": {}})})
+
+
 # what is wrong, how it is made, what our message says, what PEFT does with the same folder
 DAMAGES = [
     ("no config", lambda folder: (folder / CONFIG).unlink(), "no adapter_config.json", "refuses"),
@@ -101,6 +106,7 @@ DAMAGES = [
     ("ranks by layer", configured(rank_pattern={"query": 2}), "rank_pattern", "refuses"),
     ("another task", configured(task_type="TOKEN_CLS"), "task_type='TOKEN_CLS'", "loads"),
     ("a base changed by its start", configured(init_lora_weights="pissa"), "init_lora_weights='pissa'", "loads"),
+    ("a training run for an adapter", of_another_kind, "record of something else", "loads"),
     ("an option of tomorrow", configured(use_magic=True), "use_magic=True", "loads"),
 ]
 
@@ -268,6 +274,22 @@ def plain_state(model):
     return {n: t for n, t in state.items() if not re.search(r"lora_|_codes|_scales|classifier", n)}
 
 
+@pytest.mark.parametrize("make", [lora, qlora])
+def test_an_adapter_with_dropout_that_an_evaluated_model_takes_in_is_evaluated_too(bert, batch, tmp_path, make):
+    model = make(bert, dropout=0.5)
+    model.save_pretrained(tmp_path)
+    before = model(**batch).logits
+    model.load_adapter(tmp_path)
+    assert torch.equal(model(**batch).logits, before) and not any(m.training for m in model.modules())
+
+
+def test_a_model_in_another_dtype_saves_float32(bert, tmp_path):
+    for make, folder in ((lora, tmp_path / "float"), (qlora, tmp_path / "packed")):
+        make(bert).to(torch.bfloat16).save_pretrained(folder)
+        tensors = load_file(folder / make(bert).FILES[1])
+        assert {t.dtype for t in tensors.values()} <= {torch.float32, torch.uint8}
+
+
 def test_load_adapter_unmerges_first(bert, batch, tmp_path):
     other, model = lora(bert, rank=3), randomise(lora(bert), seed=9)
     other.save_pretrained(tmp_path)
@@ -311,3 +333,9 @@ def test_merged_and_saved_a_pipeline_gives_the_same_labels_and_scores(bert, toke
         assert (
             abs(scores["NEGATIVE"] - expected[0].item()) < 1e-5 and abs(scores["POSITIVE"] - expected[1].item()) < 1e-5
         )
+
+
+def test_the_readme_says_how_many_kinds_of_damage_peft_loads():
+    refused = sum(peft == "refuses" for *_, peft in DAMAGES)
+    claim = f"of its {len(DAMAGES)} kinds of damage PEFT refuses {refused} and loads {len(DAMAGES) - refused}."
+    assert claim in " ".join((ROOT / "README.md").read_text().split())
