@@ -39,7 +39,7 @@ from transformers import AutoConfig, BertForSequenceClassification, DataCollator
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 # --------------------------------------------------------------------------------------------------
-# The machine: the one place that asks what it is
+# The machine: what it computes in, and how many processes there are
 # --------------------------------------------------------------------------------------------------
 
 # What oneDNN, PyTorch's matrix library, leaves of a CPU's abilities where the environment holds it to an older set.
@@ -53,7 +53,7 @@ class Arithmetic(NamedTuple):
     dtype: of the frozen weights: bfloat16 where the machine multiplies in it, at half the memory of float32; else
         float32, and in doubt.
     attention: which of transformers' attentions. On a CPU "eager", two plain products with a softmax in between, since
-        the fused one has a very slow backward in bfloat16 there; on a GPU "sdpa".
+        the fused one has a very slow backward in bfloat16 there; with CUDA "sdpa".
     int8: the largest integer that the inputs of a frozen weight of 8 bits are rounded to, to be multiplied in integers
         (`QuantizedLinear`); 0 where they are not. On an x86 CPU without bfloat16: 127 with the instructions named VNNI,
         and 63 with AVX2 alone, which adds two products at a time in 16 bits, and must not overflow there.
@@ -227,12 +227,13 @@ def quantize_together(A, B, bits):
     check_bits("bits", bits, range(2, 9))
     for name, matrix in (("A", A), ("B", B)):
         check_finite(name, matrix)
-    A, B = A.detach().float(), B.detach().float()
+    device = A.device
+    A, B = A.detach().float().cpu(), B.detach().float().cpu()  # where pinv is there for every machine
     new_B = rounded(B.T, A @ A.T).T
     gram = new_B.T @ new_B
     fitting = torch.linalg.pinv(gram, hermitian=True) @ new_B.T @ B @ A
     used = gram.diagonal()[:, None] > 0  # a rank of B that is zero keeps its A, to be trained from
-    return rounded(fitting.where(used, A), gram), new_B
+    return rounded(fitting.where(used, A), gram).to(device), new_B.to(device)
 
 
 # NF4, a 4-bit code whose levels lie as the quantiles of a normal distribution do. Source: bitsandbytes, functional.py.
@@ -527,7 +528,7 @@ class LoRALayer(nn.Module):
     Args:
         base: the linear layer to adapt, float or quantised. It is frozen, and kept, not copied.
         rank: how many rows A has, from 1 to the smaller side of the base.
-        alpha: the update is scaled by alpha / rank, so that a change of rank asks for no new learning rate.
+        alpha: the update is scaled by alpha / rank, so that a small change of rank asks for no new learning rate.
         dropout: the probability with which an input of the update (not of the base) is zeroed in training.
         use_rslora: scale by alpha / sqrt(rank) instead, which keeps large ranks learning.
 
@@ -845,10 +846,15 @@ def match_targets(names, target_modules):
     if isinstance(target_modules, str):
         if target_modules == "all-linear":
             return list(names)
-        found = [name for name in names if re.fullmatch(target_modules, name)]
+        try:
+            found = [name for name in names if re.fullmatch(target_modules, name)]
+        except re.error as error:
+            raise ValueError(
+                f"target_modules is {target_modules!r}, no regular expression ({error}): {allowed}"
+            ) from None
         unmatched = [] if found else [target_modules]
     else:
-        targets = list(target_modules or [])
+        targets = list(target_modules) if isinstance(target_modules, (list, tuple, set)) else []
         found = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
         unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if unmatched:
@@ -988,7 +994,7 @@ class LoRABertModel(nn.Module):
         say(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
     def adapter_state(self):
-        """{PEFT's name: float32 tensor} of all that is trained: every A and B, and the head."""
+        """{PEFT's name: tensor} of all that is trained: every A and B, and the head."""
         state = {}
         for name, layer in self.lora_layers().items():
             for matrix, tensor in zip(("lora_A", "lora_B"), layer.low_rank(), strict=True):
@@ -1030,7 +1036,7 @@ class LoRABertModel(nn.Module):
         """Put the adapter and the head in `folder` in the place of this model's, whatever rank and targets they have.
 
         The base is not touched, so it takes milliseconds. A, B and head are new parameters: give them to a new
-        optimizer. PEFT's files tell neither the base nor the scaling, which is then said in a line.
+        optimizer. PEFT writes no record with which base and scaling could be verified, which is then said in a line.
 
         Raises:
             ValueError: for an adapter that is not there as a whole or is damaged, one of a kind that this class does
@@ -1050,7 +1056,8 @@ class LoRABertModel(nn.Module):
                 )
         if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in adapter.config]:
             raise ValueError(f"{adapter.file} lacks {', '.join(missing)}: it must hold what save_pretrained writes")
-        arguments = {ours: adapter.config[theirs] for theirs, ours in PEFT_NAMES.items() if theirs in adapter.config}
+        arguments = {"dropout": 0.0, "use_rslora": False}  # what PEFT means by leaving them out
+        arguments |= {ours: adapter.config[theirs] for theirs, ours in PEFT_NAMES.items() if theirs in adapter.config}
         bias = adapter.tensors.get(f"base_model.model.{HEAD}.bias")
         return arguments | {"num_labels": 2 if bias is None else bias.numel()}
 
@@ -1244,11 +1251,16 @@ class Adapter(NamedTuple):
 def write_whole(contents):
     """Write {file: bytes} beside their names, and rename them once all are there: each is whole, or as it was."""
     parts = {file: file.with_name(f"{file.name}.part") for file in contents}
-    for file, part in parts.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as opened:
-            opened.write(contents[file])
-            os.fsync(opened.fileno())
+    try:
+        for file, part in parts.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as opened:
+                opened.write(contents[file])
+                os.fsync(opened.fileno())
+    except OSError:  # such as a full disk
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+        raise
     for file, part in parts.items():
         part.replace(file)
 
@@ -1264,7 +1276,8 @@ def read_tensors(file):
     try:
         with safe_open(file, "pt") as opened:
             record = (opened.metadata() or {}).get("lora_utils")
-            return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(record or "null")  # noqa: SIM118
+            names = opened.keys()  # copied, or the file would stay mapped, and could not be replaced on Windows
+            return {name: opened.get_tensor(name).clone() for name in names}, json.loads(record or "null")
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file} is no whole safetensors file ({error}): write it anew, or copy it again") from None
 
@@ -1273,6 +1286,7 @@ def write_adapter(folder, names, config, tensors, model):
     """Write an adapter's config, and its tensors with a record: config, scaling, fingerprint of the base."""
     scaling = next(iter(model.lora_layers().values())).scaling
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    check_values(folder, tensors)
     tensors = as_safetensors(tensors, {"config": config, "scaling": scaling, "base": model.fingerprint})
     write_whole({folder / names[0]: (json.dumps(config, indent=2) + "\n").encode(), folder / names[1]: tensors})
 
@@ -1302,13 +1316,13 @@ def read_adapter(folder, names):
 
 
 def check_record(adapter, model, scaling):
-    """Refuse an adapter of another base or with another scaling; where its file tells neither, say so."""
+    """Refuse an adapter of another base or with another scaling; where it came without a record, say so."""
     where = f"{adapter.file.parent}"
     if adapter.record is None:
         named = adapter.config.get("base_model_name_or_path")
         say(
-            f"Adapter: {where}, which tells neither base nor scaling, as PEFT's do not: that it was trained on "
-            f"{model.model_name} (it names {named}) and with scaling {scaling:g} could not be verified"
+            f"Adapter: {where}, written without a record, as PEFT does: that it was trained on {model.model_name} "
+            f"(it names {named}) and with scaling {scaling:g} could not be verified"
         )
         return
     for what, own in (("base", model.fingerprint), ("scaling", scaling)):
@@ -1316,6 +1330,15 @@ def check_record(adapter, model, scaling):
             raise ValueError(
                 f"the adapter in {where} was trained with {what} {adapter.record[what]}, and {model.model_name} "
                 f"has {own}: load it into a model of the base that it was trained on"
+            )
+
+
+def check_values(where, tensors):
+    """Refuse what is not finite: nothing can be computed with it."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{where}: {name} would hold values that are not finite: take an adapter that did not diverge"
             )
 
 
@@ -1337,11 +1360,7 @@ def fill(slots, tensors, where, widen=False):
             f"{where}: {odd[0]} is {here}, and is expected to be {wanted} by its config and the model "
             f"({len(odd)} such tensors): take the file that was saved with this config, for this model"
         )
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{where}: {name} holds values that are not finite: nothing can be computed with it; save it anew"
-            )
+    check_values(where, tensors)
     for name, slot in slots.items():
         slot.copy_(tensors[name])
 
@@ -1515,7 +1534,7 @@ class LengthBatches(Sampler):
 
     Shuffled: all sentences are shuffled, sorted by length inside windows of 50 batches, cut into batches, and the
     batches shuffled. Not shuffled: sorted by length once. Either way an epoch holds each sentence once.
-    Batches are lists of indices. The order depends on the seed, the epoch and the lengths alone.
+    Batches are lists of indices. The order depends on the arguments and the epoch alone.
     """
 
     WINDOW = 50
@@ -1727,6 +1746,11 @@ def memory_ledger(model, optimizer=None, batch=None):
     return Ledger(LedgerRow(*key, *value) for key, value in rows.items())
 
 
+def random_modules():
+    """The modules of PyTorch that hold a random state: itself, and that of the GPU, if there is one."""
+    return [torch, *([torch.get_device_module()] if torch.accelerator.is_available() else [])]
+
+
 def save_run(file, run, settings):
     """Write what a training run needs to go on with the very bits it stopped with; the base is not in it.
 
@@ -1743,28 +1767,35 @@ def save_run(file, run, settings):
     tensors = {f"trained.{name}": p for name, p in run.model.named_parameters() if p.requires_grad}
     for number, states in state["state"].items():
         tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in states.items()}
-    random = gathered([torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])])
+    random = gathered([module.get_rng_state() for module in random_modules()])
     tensors |= {f"random.{i}.{j}": t for i, states in enumerate(random) for j, t in enumerate(states)}
-    record = {"settings": settings | {"base": run.model.fingerprint, "processes": len(random)}}
-    record |= {"groups": state["param_groups"], "schedule": run.schedule.state_dict()}
+    record = {"settings": whole_settings(run, settings), "groups": state["param_groups"]}
+    record |= {"schedule": run.schedule.state_dict()}
     record |= {"losses": run.losses, "rates": run.rates}
     if processes()[0] == 0:
         write_whole({Path(file): as_safetensors(tensors, record)})
 
 
+def whole_settings(run, settings):
+    """The settings, and what else a run must have in common with one that it takes up."""
+    groups = [len(group["params"]) for group in run.optimizer.param_groups]
+    common = {"base": run.model.fingerprint, "processes": processes()[1], "parameters in groups": groups}
+    return settings | common | {"random states": [module.__name__ for module in random_modules()]}
+
+
 def load_run(file, run, settings):
-    """Take up what `save_run` wrote, if the file is there; returns whether it is.
+    """Take up what `save_run` wrote, if the file is there; returns whether it is. All processes must see the same file.
 
     Raises:
-        ValueError: for a file that is damaged, and one of a run with other settings, another base or another number of
-            processes. The run is then as it was.
+        ValueError: for a file that is damaged, and one of a run with other settings, another base, another number of
+            processes or another device. The run is then as it was.
     """
     if not Path(file).is_file():
         return False
     tensors, record = read_tensors(Path(file))
     if "settings" not in (record or {}):
         raise ValueError(f"{file} holds no training run that save_run wrote: give another name, or delete it")
-    settings = settings | {"base": run.model.fingerprint, "processes": processes()[1]}
+    settings = whole_settings(run, settings)
     for name in sorted(settings.keys() | record["settings"].keys()):
         own, saved = settings.get(name), record["settings"].get(name)
         if own != saved:
@@ -1783,8 +1814,6 @@ def load_run(file, run, settings):
     run.optimizer.load_state_dict({"state": states, "param_groups": record["groups"]})
     run.schedule.load_state_dict(record["schedule"])
     run.losses[:], run.rates[:] = record["losses"], record["rates"]
-    torch.set_rng_state(parts["random"][f"{processes()[0]}.0"])
-    if torch.cuda.is_available():
-        states = [tensor for name, tensor in parts["random"].items() if name.startswith(f"{processes()[0]}.")]
-        torch.cuda.set_rng_state_all(states[1:])
+    for number, module in enumerate(random_modules()):
+        module.set_rng_state(parts["random"][f"{processes()[0]}.{number}"])
     return True

@@ -92,7 +92,7 @@ def loop_of(notebook, **names):
         **{"torch": torch, "sys": sys, "zlib": zlib, "Path": Path, "tqdm": tqdm, "SimpleNamespace": SimpleNamespace},
         **{"get_linear_schedule_with_warmup": get_linear_schedule_with_warmup, "my_rows": lora_utils.my_rows},
         **{"load_run": lora_utils.load_run, "save_run": lora_utils.save_run, "DATA": "phrases", "SEED": 0},
-        **{"EPOCHS": 2, "CHECKPOINT_EVERY": 3, "BATCH_SIZE": 8, **names},
+        **{"EPOCHS": 2, "CHECKPOINT_EVERY": 3, "BATCH_SIZE": 8, "device": torch.device("cpu"), **names},
     }
     for source in cells:
         if source.startswith(("def new_run(", "def training_step(", "def train(")):

@@ -81,6 +81,7 @@ def main(bert, out):
     lora_utils.write_whole = lambda contents: written.extend(contents) or write_whole(contents)
     found, loop, run = train_and_evaluate(bert, accelerator)
     found["whole"], found["resumed"] = killed_and_resumed(loop, bert)
+    found["random"] = torch.rand(1).item()
     found |= {"written": len(written), "shards": default_shards(accelerator), "processes": accelerator.num_processes}
     found["schedules"] = run.schedule.last_epoch, steps_of_a_prepared_schedule(accelerator)
     Path(out, f"{accelerator.process_index}.json").write_text(json.dumps(found))

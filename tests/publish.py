@@ -28,7 +28,7 @@ def with_badges(text, address, *names):
 
 
 def publish(address, root=ROOT):
-    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+(?<!\.git)", address):
         raise ValueError(f"{address!r} is no address: it must be like https://github.com/owner/name")
     readme = root / "README.md"
     readme.write_text(with_badges(readme.read_text(), address, *NOTEBOOKS))
@@ -41,4 +41,4 @@ def publish(address, root=ROOT):
 
 
 if __name__ == "__main__":
-    publish(sys.argv[1])
+    publish("".join(sys.argv[1:]))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from forked import fork
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -274,9 +275,16 @@ BREAKAGES = [
     (
         "values that are not finite are loaded",
         "if not tensor.isfinite().all():",
-        "if False:",
+        "if tensor is None:",
         "saving",
         "a_damaged_or_mismatched_folder_is_refused",
+    ),
+    (
+        "what PEFT has and we have not is passed over",
+        "field not in PEFT_ASIDE and value not in allowed",
+        "field not in PEFT_ASIDE and value is allowed",
+        "saving",
+        "what_peft_has_and_we_have_not_is_refused",
     ),
     (
         "a refused adapter stays in",
@@ -301,8 +309,8 @@ BREAKAGES = [
     ),
     (
         "a resumed run draws other random numbers",
-        "torch.set_rng_state(",
-        "str(",
+        "        module.set_rng_state(",
+        "        str(",
         "running",
         "a_run_that_was_given_up_is_taken_up",
     ),
@@ -328,6 +336,7 @@ def run_pytest(folder, arguments):
     os.chdir(folder)
     real = (ROOT, ROOT / "tests", ROOT / "benchmarks")
     sys.path[:] = [path for path in sys.path if Path(path).resolve() not in real]
+    torch.set_num_threads(1)  # two make small tests no faster, and crowded machines much slower
     with open("output", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
