@@ -23,6 +23,8 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 import lora_utils
 
 ROOT = Path(__file__).resolve().parents[1]
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)  # most models here are tiny: a second thread gains nothing, and waits on a crowded machine
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from forked import fork
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -336,7 +335,6 @@ def run_pytest(folder, arguments):
     os.chdir(folder)
     real = (ROOT, ROOT / "tests", ROOT / "benchmarks")
     sys.path[:] = [path for path in sys.path if Path(path).resolve() not in real]
-    torch.set_num_threads(1)  # two make small tests no faster, and crowded machines much slower
     with open("output", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

@@ -209,7 +209,6 @@ def test_the_default_shards_repeat_what_evens_them_out(two_processes):
 def train_and_save(bert, folder):
     """What is killed: a training with checkpoints, and an adapter saved in every step."""
     os.chdir(folder)
-    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(lora_utils.offline_model())
     data = load_sst2(lora_utils.MOVIE_PHRASES)["train"].select(range(320))
     loader = make_loader(data, tokenizer, batch_size=8, shuffle=True)

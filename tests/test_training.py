@@ -6,8 +6,17 @@ from argparse import Namespace
 import accuracy
 import after_training
 import pytest
+import torch
+from conftest import THREADS
 
 import lora_utils
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.mark.slow
