@@ -1216,9 +1216,8 @@ class qLoRABertModel(LoRABertModel):
 
     def take_in(self, adapter):
         """As for `LoRABertModel`, and packed; `unpack` makes it trainable."""
-        bits = adapter.config.get("base_bits")
-        if bits != self.widths["base_bits"]:
-            own = self.widths["base_bits"]
+        bits, own = adapter.config.get("base_bits"), self.arguments["base_bits"]
+        if bits != own:
             raise ValueError(f"{adapter.file} has base_bits={bits}, and this model {own}: load it by from_pretrained")
         super().take_in(adapter)
 
@@ -1317,7 +1316,7 @@ def read_adapter(folder, names):
 
 def check_record(adapter, model, scaling):
     """Refuse an adapter of another base or with another scaling; where it came without a record, say so."""
-    where = f"{adapter.file.parent}"
+    where = adapter.file.parent
     if adapter.record is None:
         named = adapter.config.get("base_model_name_or_path")
         say(
@@ -1337,9 +1336,7 @@ def check_values(where, tensors):
     """Refuse what is not finite: nothing can be computed with it."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(
-                f"{where}: {name} would hold values that are not finite: take an adapter that did not diverge"
-            )
+            raise ValueError(f"{where}: {name} holds values that are not finite: take an adapter that did not diverge")
 
 
 @torch.no_grad()

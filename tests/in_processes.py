@@ -38,18 +38,24 @@ def train_and_evaluate(bert, accelerator, notebook="LoRA_implementation.ipynb"):
     return found, loop, run
 
 
+def interrupt(run, at):
+    """Interrupt a run's forward pass number `at`; call what comes back to stop that."""
+    calls = []
+
+    def forward(model, arguments):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    return run.model.register_forward_pre_hook(forward).remove
+
+
 def killed_and_resumed(loop, bert):
     """Losses of a run in one go, and of one that was given up and taken up again, each process with its own dropout."""
     whole = a_run(loop, bert, "LoRA", dropout=0.3)
     loop.train(whole)
-    given_up, calls = a_run(loop, bert, "LoRA", dropout=0.3), []
-
-    def give_up(model, arguments):
-        calls.append(1)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-
-    given_up.model.register_forward_pre_hook(give_up)
+    given_up = a_run(loop, bert, "LoRA", dropout=0.3)
+    interrupt(given_up, at=8)
     loop.train(given_up)
     resumed = a_run(loop, bert, "LoRA", seed=99, dropout=0.3)  # what another seed gave it is replaced
     loop.train(resumed)

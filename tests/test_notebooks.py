@@ -15,6 +15,7 @@ import nbformat
 import papermill
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellTimeoutError
 from publish import publish
 
 from lora_utils import MOVIE_PHRASES, OFFLINE_MODEL, load_sst2
@@ -181,10 +182,19 @@ def test_papermill_runs_a_notebook_with_every_knob_changed(name, tmp_path, knobs
     assert ("Validation accuracy, q-LoRA" in text) == name.startswith("q")
 
 
+def executed(notebook):
+    """The notebook, executed: anew if its kernel stops answering, as one did, idle, for a reason not found."""
+    for last in (False, True):
+        try:
+            resources = {"metadata": {"path": str(ROOT)}}
+            return NotebookClient(copy.deepcopy(notebook), timeout=200, resources=resources).execute()
+        except CellTimeoutError:
+            if last:  # a cell that hangs by itself
+                raise
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", NOTEBOOKS[:1]
-)  # in the second the slider's cell can hang nbclient: passed once, hung once
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_cell_can_be_interrupted_and_run_again_and_again(name, knobs):
     """Each cell up to a statement in its middle, then whole, then whole once more, in one kernel."""
     notebook = nbformat.read(ROOT / name, as_version=4)
@@ -200,7 +210,7 @@ def test_every_cell_can_be_interrupted_and_run_again_and_again(name, knobs):
         interrupted.metadata["tags"] = ["raises-exception"]
         cells += [interrupted, cell, copy.deepcopy(cell)]
     notebook.cells = [*cells, nbformat.v4.new_code_cell(NOTHING_IS_STACKED)]
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    notebook = executed(notebook)
     assert notebook.cells[-1].outputs[-1].text.startswith("models, none of them stacked:")
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, loop_of
 from forked import fork
-from in_processes import MODELS, a_run, train_and_evaluate
+from in_processes import MODELS, a_run, interrupt, train_and_evaluate
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -30,18 +30,6 @@ def loop(tokenizer, tmp_path, monkeypatch, request):
     loader = make_loader(load_sst2(lora_utils.MOVIE_PHRASES)["train"].select(range(40)), tokenizer, 8, shuffle=True)
     notebook = getattr(request, "param", NOTEBOOKS[0])
     return loop_of(notebook, accelerator=Accelerator(cpu=True), train_loader=loader)
-
-
-def interrupt(run, at):
-    """Interrupt a run's forward pass number `at`; call what comes back to stop that."""
-    calls = []
-
-    def forward(model, arguments):
-        calls.append(1)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-
-    return run.model.register_forward_pre_hook(forward).remove
 
 
 def bits_of(run):
