@@ -1618,6 +1618,45 @@ def wilson_interval(right, n, z=1.959964):
     return max(0.0, min(low, p)), min(1.0, max(high, p))  # rounding must leave neither bounds nor share outside
 
 
+class Comparison(NamedTuple):
+    """What `mcnemar` counted: sentences that one of two models alone has right, and how likely that is by chance."""
+
+    first_alone: int
+    second_alone: int
+    p: float
+
+    def __str__(self):
+        seen = "a difference" if self.p < 0.05 else "no difference can be seen at this size"
+        return f"right in one alone: {self.first_alone} and {self.second_alone}; p = {self.p:.2g}, {seen}"
+
+
+def mcnemar(first, second, labels):
+    """McNemar's exact test: do two models that labelled the same sentences differ in accuracy?
+
+    Args:
+        first, second: the label that each gave to every sentence, as in `Evaluation.predictions`.
+        labels: the true ones.
+
+    Returns:
+        A `Comparison`. Were both as good, a sentence that one alone has right would be the first one's as often as
+        the second's; p is the chance of a split at least as uneven, by the binomial distribution, on both sides.
+
+    Raises:
+        ValueError: for lists that are not of one length.
+
+    Source: McNemar 1947; Dietterich 1998, "Approximate Statistical Tests", section 3.1.
+    """
+    if not len(first) == len(second) == len(labels):
+        raise ValueError(f"{len(first)} and {len(second)} predictions for {len(labels)} labels: give as many of each")
+    alone = [0, 0]
+    for one, other, label in zip(first, second, labels):
+        if (one == label) != (other == label):
+            alone[one != label] += 1
+    n = sum(alone)
+    p = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(alone) + 1)) / 2**n)
+    return Comparison(*alone, p)
+
+
 class Evaluation(NamedTuple):
     """What `evaluate` measured: accuracy with its 95 % interval, from 0 to 1; n sentences; mean loss in nats."""
 

@@ -1,12 +1,14 @@
-"""Write the tables of speed and memory into README.md and the notebooks, from the results in benchmarks/results.
+"""Write the tables of accuracy, speed and memory into README.md and the notebooks, from benchmarks/results.
 
     python benchmarks/report.py             write them
     python benchmarks/report.py --check     write nothing; name what would change, and end with 1 if anything would
 
-A table stands between `<!-- name -->` and `<!-- /name -->`; `TABLES` below has the names.
+A table stands between `<!-- name -->` and `<!-- /name -->`; `TABLES` below has the names. `FIGURES` are copied out of
+the executed notebooks, so that README and notebook show the same.
 """
 
 import argparse
+import base64
 import json
 import statistics
 import sys
@@ -15,6 +17,10 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lora_utils  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
 FILES = ["README.md", "LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 
@@ -187,7 +193,97 @@ def int8_accuracy():
     return f"{table(header, rows)}\n\n{adapters} adapters (seeds), {lines[0]['model']}, {lines[0]['data']}."
 
 
+def sweep():
+    """(lines of the sweep, the settings that all of them have but for what was varied)."""
+    lines = list(map(json.loads, (RESULTS.parent / "sweep.jsonl").read_text().splitlines()))
+    return lines, next(line["settings"] for line in lines if "rounded" in line)
+
+
+def chosen(lines, default, **changed):
+    return [line for line in lines if line["settings"] == default | changed]
+
+
+def accuracies(group, where="validation"):
+    return [100 * line["results"][where]["accuracy"] for line in group]
+
+
+def mean_and_range(values):
+    return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def full_fine_tuning(lines, default):
+    """The runs of full fine-tuning at the learning rate that was best on the held-out phrases."""
+    settings = [line["settings"] for line in lines if line["settings"]["method"] == "full"]
+    groups = [[line for line in lines if line["settings"] == s] for s in settings]
+    return max(groups, key=lambda group: statistics.fmean(accuracies(group, "held-out")))
+
+
+def sweep_made_on(lines):
+    first, seeds = lines[0], {line["seed"] for line in lines}
+    words = f"{first['model']}, {first['data']}, one epoch of {first['trained_on']:,} phrases, {len(seeds)} seeds"
+    machine = first["machine"]
+    where = f"{machine['device']} of a CPU with {machine['isa']}, {machine['frozen_dtype']}, torch {machine['torch']}"
+    return f"Mean and range of the seeds, in %; {words}; made on {where} (`benchmarks/sweep.py`)."
+
+
+def accuracy_by_rank():
+    lines, default = sweep()
+    ranks = sorted({line["settings"]["rank"] for line in lines if line["settings"]["method"] == "lora"})
+    groups = {"head only": chosen(lines, default, method="head", rank=0, learning_rate=0.1)}
+    groups |= {f"LoRA, rank {rank}": chosen(lines, default, rank=rank) for rank in ranks}
+    groups["full fine-tuning"] = full_fine_tuning(lines, default)
+    rows = [
+        [
+            *(name, f"{group[0]['trained_parameters']:,}", f"{group[0]['settings']['learning_rate']:g}"),
+            *(mean_and_range(accuracies(group, where)) for where in ("validation", "held-out")),
+        ]
+        for name, group in groups.items()
+        if group
+    ]
+    header = ["trained", "parameters", "learning rate", "872 validation sentences", "2,000 held-out phrases"]
+    return f"{table(header, rows)}\n\n{sweep_made_on(lines)}"
+
+
+def accuracy_by_bits():
+    lines, default = sweep()
+    ways = {"absmax": "to the largest", "half steps": "half steps", "together": "A and B together"}
+    plain, rows = chosen(lines, default), []
+    for bits in (8, 4, 3, 2):
+        after = [mean_and_range([100 * x["rounded"][way][str(bits)]["accuracy"] for x in plain]) for way in ways]
+        through = chosen(lines, default, method="qlora", bits=bits)
+        rows.append([str(bits), mean_and_range(accuracies(through)), *after])
+    rows.append(["not quantised", mean_and_range(accuracies(plain)), "", "", ""])
+    header = ["bits", "trained through", *(f"afterwards, {name}" for name in ways.values())]
+    return f"{table(header, rows)}\n\n{sweep_made_on(lines)}"
+
+
+def accuracy_by_bytes():
+    lines, default = sweep()
+    groups = {"head only": chosen(lines, default, method="head", rank=0, learning_rate=0.1)}
+    groups["LoRA"] = plain = chosen(lines, default)
+    groups |= {f"q-LoRA, {bits} bits": chosen(lines, default, method="qlora", bits=bits) for bits in (8, 4, 3, 2)}
+    for base_bits, name in ((8, "int8"), (4, "NF4")):
+        groups[f"q-LoRA, 4 bits, {name} base"] = chosen(lines, default, method="qlora", bits=4, base_bits=base_bits)
+    groups["full fine-tuning"] = full_fine_tuning(lines, default)
+    head, rows = 4 * groups["head only"][0]["trained_parameters"], []
+    for name, group in groups.items():
+        p = ", ".join(f"{against.p:.2g}" for against in compared(group, plain)) if group is not plain else ""
+        sizes = f"{group[0]['bytes'] + head:,}", f"{group[0]['held'] / 1e6:.1f}"
+        rows.append([name, *sizes, mean_and_range(accuracies(group)), p])
+    header = ["method", "ships, bytes", "holds, MB", "872 validation sentences", "McNemar's p against LoRA, by seed"]
+    return f"{table(header, rows)}\n\n{sweep_made_on(lines)}"
+
+
+def compared(group, other):
+    """McNemar's test between the runs of two settings, seed by seed."""
+    pairs = zip(*([line["results"]["validation"]["right"] for line in some] for some in (group, other)), strict=True)
+    return [lora_utils.mcnemar(one, two, "1" * len(one)) for one, two in pairs]
+
+
 TABLES = {
+    "accuracy by rank": accuracy_by_rank,
+    "accuracy by bits": accuracy_by_bits,
+    "accuracy by bytes": accuracy_by_bytes,
     "training speed": lambda: ratios("training"),
     "prediction speed, one sentence": lambda: ratios("inference-one-sentence"),
     "prediction speed, batches of 32": lambda: ratios("inference-batches-of-32"),
@@ -211,6 +307,15 @@ def filled(text):
     return text
 
 
+FIGURES = {"whole.png": ("qLoRA_implementation.ipynb", "draw_whole()")}  # {file: (notebook, cell that draws it)}
+
+
+def figure(notebook, source):
+    cells = nbformat.read(ROOT / notebook, as_version=4).cells
+    outputs = next(cell.outputs for cell in cells if cell.source == source)
+    return base64.b64decode(next(output.data["image/png"] for output in outputs if "data" in output))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -231,8 +336,14 @@ def main():
             stale.append(file.name)
             if not args.check:
                 file.write_text(new) if file.suffix == ".md" else nbformat.write(new, file)
+    for name, drawn in FIGURES.items():
+        file, new = RESULTS.parent / name, figure(*drawn)
+        if not file.is_file() or file.read_bytes() != new:
+            stale.append(name)
+            if not args.check:
+                file.write_bytes(new)
     for name in stale:
-        print(f"{name}: {'its tables are not those of the results' if args.check else 'tables written'}")
+        print(f"{name}: {'not what the results say' if args.check else 'written'}")
     return args.check and bool(stale)
 
 

@@ -8,11 +8,12 @@ import torch
 from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 import lora_utils
-from lora_utils import LengthBatches, LoRABertModel, evaluate, load_sst2, make_loader, wilson_interval
+from lora_utils import LengthBatches, LoRABertModel, evaluate, load_sst2, make_loader, mcnemar, wilson_interval
 
 ROWS = [{"sentence": f"sentence {'very ' * i}long", "label": i % 2, "idx": i} for i in range(7)]
 
@@ -190,6 +191,27 @@ def test_an_interval_of_nothing_is_refused():
     for right, n in ((0, 0), (5, 4), (-1, 4)):
         with pytest.raises(ValueError, match=f"{right} right of {n}"):
             wilson_interval(right, n)
+
+
+def test_mcnemars_test_is_the_binomial_test_on_the_sentences_that_one_alone_has_right():
+    labels = [0, 1] * 50
+    for first_alone, second_alone in ((0, 0), (1, 0), (5, 5), (3, 14), (20, 6)):
+        first, second = list(labels), list(labels)
+        for i in range(second_alone):
+            first[i] = 1 - first[i]
+        for i in range(second_alone, second_alone + first_alone):
+            second[i] = 1 - second[i]
+        first[-1], second[-1] = 1 - labels[-1], 1 - labels[-1]  # both wrong: it says nothing
+        n = first_alone + second_alone
+        expected = binomtest(first_alone, n).pvalue if n else 1.0
+        compared = mcnemar(first, second, labels)
+        assert compared[:2] == (first_alone, second_alone) and compared.p == pytest.approx(expected)
+        assert ("no difference can be seen" in str(compared)) == (expected >= 0.05)
+
+
+def test_predictions_of_different_sentences_are_not_compared():
+    with pytest.raises(ValueError, match="2 and 3 predictions for 3 labels"):
+        mcnemar([0, 1], [0, 1, 1], [0, 1, 1])
 
 
 # movie_phrases ------------------------------------------------------------------------------------
