@@ -1,0 +1,179 @@
+"""Each notebook as its reader meets it: in JupyterLab, in a browser, run from its menu, sliders moved by keyboard."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ["LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
+NEEDED = ["lora_utils.py", "README.md", "requirements.txt", "data", "benchmarks"]
+SHORT = {"DATASET": "few", "TRAIN_SENTENCES": 160, "BATCH_SIZE": 8, "EPOCHS": 1}
+PICTURES = ROOT / "outputs" / "browser"
+LONGEST = 900  # seconds for all cells of a notebook: two minutes of work, on a machine that may be crowded
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # or cells out of sight are not in the page
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # or it asks
+}
+
+# what can be seen of each code cell: its number, the percentages of its bars, its errors, its figures
+LOOK = """() => [...document.querySelectorAll(".jp-Notebook .jp-CodeCell")].map(cell => {
+    const kind = name => [...cell.querySelectorAll(`[data-mime-type="application/vnd.jupyter.${name}"]`)];
+    return {
+        number: cell.querySelector(".jp-InputPrompt").textContent.trim(),
+        bars: kind("stdout").flatMap(text => text.textContent.match(/[0-9]+(?=%\\|)/g) || []),
+        errors: [...kind("error"), ...kind("stderr")].map(text => text.textContent),
+        images: [...cell.querySelectorAll(".jp-OutputArea-output img")].map(image => image.naturalWidth),
+    };
+})"""
+
+
+@pytest.fixture
+def page():
+    """An empty page of whatever Chromium is installed."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        found, missing = None, "playwright is not installed"
+    else:
+        missing = "neither chromium nor google-chrome is installed"
+    if not found:
+        (pytest.fail if os.environ.get("BROWSER_TEST") == "required" else pytest.skip)(missing)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 2000})
+        page.set_default_timeout(120_000)  # on a crowded machine JupyterLab takes more than a minute to load
+        yield page
+        browser.close()
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """JupyterLab on a copy of the project, with a few sentences as data, and nobody's settings but its own."""
+    folder, own = tmp_path / "project", tmp_path / "jupyter"
+    folder.mkdir()
+    for name in NEEDED:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    (folder / "few").mkdir()
+    for split, size in (("train", 170), ("validation", 48)):
+        lines = (ROOT / "data" / "movie_phrases" / f"{split}.jsonl").read_text().splitlines()[:size]
+        (folder / "few" / f"{split}.jsonl").write_text("\n".join(lines))
+    for name, values in SETTINGS.items():
+        file = own / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    environment = {"JUPYTER_CONFIG_DIR": str(own), "JUPYTER_RUNTIME_DIR": str(own), "IPYTHONDIR": str(own)}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with open(own / "log", "w") as log:
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={folder}"]
+        server = subprocess.Popen(command, cwd=folder, env=os.environ | environment, stdout=log, stderr=log)
+    try:
+        until(lambda: list(own.glob("jpserver-*.json")) or server.poll() is not None, 60)
+        assert server.poll() is None, (own / "log").read_text()
+        about = json.loads(next(own.glob("jpserver-*.json")).read_text())
+        yield SimpleNamespace(
+            folder=folder, address=lambda name: f"{about['url']}lab/tree/{name}?token={about['token']}"
+        )
+    finally:
+        server.terminate()  # it ends its kernels first
+        server.wait(30)
+
+
+def until(happened, seconds):
+    """Whether it did in time; asked again and again, often enough to see a bar move."""
+    end = time.monotonic() + seconds
+    while not (it := happened()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return it
+
+
+def shortened(notebook):
+    """The code cells as they were committed; and in the notebook itself no output, and knobs for a run of a minute."""
+    cells = [cell.copy() for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += "".join(
+                f"\n{k} = {v!r}" for k, v in SHORT.items() if re.search(f"^{k} = ", cell.source, re.M)
+            )
+    return cells
+
+
+def choose(page, *names):
+    """Go through JupyterLab's menus, by name."""
+    for name in names:
+        page.locator(f'.lm-MenuBar-itemLabel:text-is("{name}"), .lm-Menu-itemLabel:text-is("{name}")').click()
+
+
+def photograph(page, name):
+    """Screens from top to bottom, and in JupyterLab's dark theme again: to be looked at, no test sees ugliness."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for old in PICTURES.glob(f"{name}-*.png"):
+        old.unlink()
+    scroller = page.locator(".jp-WindowedPanel-outer")
+    for theme in ("Light", "Dark"):
+        choose(page, "Settings", "Theme", f"JupyterLab {theme}")
+        page.wait_for_selector(f"body[data-jp-theme-name='JupyterLab {theme}']", state="attached")
+        height, screen = scroller.evaluate("panel => [panel.scrollHeight, panel.clientHeight]")
+        for number, top in enumerate(range(0, height, screen), 1):
+            scroller.evaluate("(panel, top) => panel.scrollTo(0, top)", top)
+            page.wait_for_timeout(200)
+            page.screenshot(path=PICTURES / f"{name}-{theme.lower()}-{number:02}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_in_a_browser_its_bars_move_its_figures_appear_and_its_sliders_change_them(name, lab, page):
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    committed = shortened(notebook)
+    nbformat.write(notebook, lab.folder / name)
+    page.goto(lab.address(name))
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    assert len(page.evaluate(LOOK)) == len(committed)
+
+    choose(page, "Run", "Run All Cells")
+    percentages = [set() for _ in committed]
+
+    def ended():
+        cells = page.evaluate(LOOK)
+        for seen, cell in zip(percentages, cells, strict=True):
+            seen.update(cell["bars"])
+        return all(re.fullmatch(r"\[\d+\]:", cell["number"]) for cell in cells) or any(cell["errors"] for cell in cells)
+
+    in_time = until(ended, LONGEST)
+    photograph(page, Path(name).stem)
+    cells = page.evaluate(LOOK)
+    assert [cell["errors"] for cell in cells if cell["errors"]] == []
+    assert in_time, [cell["number"] for cell in cells]
+    assert any(percentages) and all(len(seen) >= 2 for seen in percentages if seen), percentages
+
+    sliders = 0
+    for number, (before, now) in enumerate(zip(committed, cells, strict=True)):
+        interactive = "ipywidgets.interact(" in before.source
+        figures = sum("image/png" in output.get("data", {}) for output in before.outputs)
+        assert len(now["images"]) >= interactive if interactive else len(now["images"]) == figures, before.source
+        assert all(now["images"]), before.source
+        if interactive:
+            sliders += move_every_slider(page.locator(".jp-Notebook .jp-CodeCell").nth(number))
+    assert sliders >= sum("ipywidgets.interact(" in cell.source for cell in committed)
+
+
+def move_every_slider(cell):
+    """One step aside, by keyboard; the figure must be another one then. The number of sliders."""
+    image, handles = cell.locator(".jp-OutputArea-output img").first, cell.locator(".noUi-handle")
+    for number in range(handles.count()):
+        handle, before = handles.nth(number), image.get_attribute("src")
+        at_the_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
+        handle.press("ArrowLeft" if at_the_end else "ArrowRight")
+        assert until(lambda: image.count() and image.get_attribute("src") != before, 60), cell.text_content()  # noqa: B023
+    return handles.count()
