@@ -928,14 +928,14 @@ def read_adapter(folder, names):
 
 def check_record(adapter, model, scaling):
     """Refuse an adapter of another base or with another scaling; where it came without a record, say so."""
-    where, base = adapter.file.parent, model.model_name
+    where, base, own = adapter.file.parent, model.model_name, {"base": model.fingerprint, "scaling": scaling}
     if adapter.record is None:
         named = f"base {base} (it names {adapter.config.get('base_model_name_or_path')})"
-        return say(f"Adapter: {where}, as PEFT writes it: {named} and scaling {scaling:g} could not be verified")
-    for what, own in (("base", model.fingerprint), ("scaling", scaling)):
-        if adapter.record[what] != own:
-            trained = f"the adapter in {where} was trained with {what} {adapter.record[what]}"
-            raise ValueError(f"{trained}, and {base} has {own}: load it into a model of the base it was trained on")
+        say(f"Adapter: {where}, as PEFT writes it: {named} and scaling {scaling:g} could not be verified")
+        return
+    for what, theirs, ours in differences({name: adapter.record[name] for name in own}, own):
+        trained = f"the adapter in {where} was trained with {what} {theirs}"
+        raise ValueError(f"{trained}, and {base} has {ours}: load it into a model of the base it was trained on")
 
 
 @torch.no_grad()
@@ -1044,14 +1044,13 @@ def first_row(block, hidden, mask):
 class LoRABertModel(nn.Module):
     """A BERT classifier in which only low-rank updates and the classifier head are trained.
 
-    The linear layers that `target_modules` names become `LoRALayer`s, and all other weights are frozen but the
-    classifier head's, which is trained in float32. The backbone's dropout is off: it costs time, and no gain from
-    it was seen while the backbone is frozen.
+    The linear layers that `target_modules` names become `LoRALayer`s; all other weights are frozen but the head's,
+    which is trained in float32. The backbone's dropout is off: it costs time, and no gain from it was seen.
 
     Args:
         model_name: a hub id, a folder, or "auto" (see `find_model`).
         rank, alpha, dropout, use_rslora: of every `LoRALayer`.
-        target_modules: see `match_targets`; "all-linear" takes the pooler's too.
+        target_modules: what PEFT means by it (see `match_targets`); "all-linear" takes the pooler's too.
         num_labels: how many classes the head tells apart.
         dtype: of the frozen weights; None takes bfloat16 where the machine computes in it, else float32.
 
@@ -1063,9 +1062,7 @@ class LoRABertModel(nn.Module):
 
     Raises ValueError before any weights are loaded, for an argument out of range, a target that names no layer, a
     model that is not there, a checkpoint that is not a BERT.
-
-    The names of PEFT's LoRA, and its file format, are kept wherever it has one.
-    Source: Hu et al. 2021, sections 4.2 (which weights to adapt) and 5.
+    Source: Hu et al. 2021, sections 4.2 (which weights to adapt) and 5. Names and file format are PEFT's.
     """
 
     FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's
@@ -1176,11 +1173,8 @@ class LoRABertModel(nn.Module):
     def from_pretrained(cls, folder, dtype=None, model_name=None):
         """The model whose adapter `save_pretrained`, or PEFT, wrote into `folder`, ready to evaluate.
 
-        Args:
-            dtype: of the frozen weights, as for the class.
-            model_name: the base, where it is not, or no longer, what the adapter's config calls it.
-
-        Raises ValueError as the class, and as `load_adapter`.
+        dtype is that of the frozen weights, as for the class; model_name the base, where it is not, or no longer, what
+        the adapter's config calls it. Raises ValueError as the class, and as `load_adapter`.
         """
         adapter = read_adapter(Path(folder), cls.FILES)
         model_name = model_name or adapter.config.get("base_model_name_or_path")
@@ -1528,13 +1522,9 @@ def mcnemar(first, second, labels):
         first, second: the label that each gave to every sentence, as in `Evaluation.predictions`.
         labels: the true ones.
 
-    Returns:
-        A `Comparison`. Were both as good, a sentence that one alone has right would be the first one's as often as
-        the second's; p is the chance of a split at least as uneven, by the binomial distribution, on both sides.
-
-    Raises:
-        ValueError: for lists that are not of one length.
-
+    Returns a `Comparison`. Were both as good, a sentence that one alone has right would be the first one's as often as
+    the second's; p is the chance of a split at least as uneven, by the binomial distribution, on both sides.
+    Raises ValueError for lists that are not of one length.
     Source: McNemar 1947; Dietterich 1998, "Approximate Statistical Tests", section 3.1.
     """
     if not len(first) == len(second) == len(labels):
@@ -1675,16 +1665,15 @@ def trained(run):
 
 
 def save_run(file, run, settings):
-    """Write what a training run needs to go on with the very bits it stopped with; the base is not in it.
+    """Write what a training run needs to go on with the very bits it stopped with, as a whole or not at all.
 
     Args:
-        file: written as a whole or not at all; one that is there is replaced. Several processes call this together,
-            and the first one writes.
+        file: is replaced where it is there. Several processes call this together, and the first one writes.
         run: has `model`, `optimizer`, `schedule` and the lists `losses` and `rates`, a number for each step.
         settings: {name: value}, such as the knobs of a notebook; only a run with the same ones can take it up.
 
-    What is in it: A, B and head in float32, the optimizer's states and learning rates, where the schedule is, the
-    random states of all processes. The order of the data follows from the number of steps, seed and epoch.
+    In it are A, B and head in float32, the optimizer's states and learning rates, where the schedule is, and the random
+    states of all processes; not the base. The order of the data follows from the number of steps, seed and epoch.
     """
     optimizer, tensors = run.optimizer.state_dict(), trained(run)
     for number, states in optimizer["state"].items():

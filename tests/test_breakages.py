@@ -294,8 +294,8 @@ BREAKAGES = [
     ),
     (
         "the base is not compared",
-        '(("base", model.fingerprint), ("scaling", scaling))',
-        '(("scaling", scaling),)',
+        '{"base": model.fingerprint, "scaling": scaling}',
+        '{"scaling": scaling}',
         "saving",
         "an_adapter_on_another_base_is_refused",
     ),
