@@ -1385,7 +1385,7 @@ def load_sst2(dataset="auto"):
     splits = {name: splits[name].select_columns(["sentence", "label"]) for name in SST2_SIZES}
     splits = datasets.DatasetDict(splits).cast_column("label", labels)
     sizes = {name: len(split) for name, split in splits.items()}
-    name = "SST-2" if sizes == SST2_SIZES else folder.name
+    name = folder.name if folder and sizes != SST2_SIZES else "SST-2"
     for split in splits.values():
         split.info.dataset_name = name
     say(f"Data: {name}, {sizes['train']:,} training and {sizes['validation']:,} validation sentences ({origin})")
