@@ -8,6 +8,7 @@ from pathlib import Path
 
 import accuracy
 import pytest
+import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -71,6 +72,37 @@ def test_rounding_after_training_loses_what_the_readme_says():
         assert errors[seed, 8, "together"] <= 0.012 and errors[seed, 8, "half steps"] <= 0.012
         for bits, share in ((4, 0.85), (3, 0.65), (2, 0.45)):
             assert errors[seed, bits, "together"] <= share * errors[seed, bits, "absmax"]
+
+
+def test_the_sweep_holds_three_seeds_a_setting_each_with_what_it_said_of_every_sentence():
+    lines = lines_of("sweep.jsonl")
+    wanted = {json.dumps(sweep.DEFAULT | varied) for part in sweep.PARTS.values() for varied in part}
+    seeds = {}
+    for line in lines:
+        seeds.setdefault(json.dumps(line["settings"]), []).append(line["seed"])
+        assert not line["commit"].endswith("+changes") and line["data"] == "SST-2" and line["trained_on"] == 6_000
+        for result in line["results"].values():
+            assert len(result["labels"]) == len(result["right"]) == result["n"]
+            assert result["right"].count("1") / result["n"] == result["accuracy"]
+            assert set(result["labels"]) <= {"0", "1"}
+    assert set(seeds) == wanted and all(sorted(of_one) == [0, 1, 2] for of_one in seeds.values())
+
+
+def test_the_sweep_shows_what_the_lessons_say_of_it():
+    lines = lines_of("sweep.jsonl")
+
+    def score(where="validation", **changed):
+        chosen = [line for line in lines if line["settings"] == sweep.DEFAULT | changed]
+        return 100 * statistics.fmean(line["results"][where]["accuracy"] for line in chosen)
+
+    head, lora = score(method="head", rank=0, learning_rate=0.1), score()
+    assert lora > head + 10 and score(rank=1) > head + 10
+    for bits in (8, 4, 3, 2):
+        assert abs(score(method="qlora", bits=bits) - lora) < 1
+    for base_bits in (8, 4):
+        assert abs(score(method="qlora", bits=4, base_bits=base_bits) - lora) < 1
+    assert score(scaling=8.0, learning_rate=8e-3) < 60  # training that came apart
+    assert score("held-out") >= max(score("held-out", learning_rate=rate) for rate in (5e-4, 8e-3))
 
 
 def test_nothing_stray_lies_at_the_top():
