@@ -222,7 +222,7 @@ def sweep_made_on(lines):
     first, seeds = lines[0], {line["seed"] for line in lines}
     words = f"{first['model']}, {first['data']}, one epoch of {first['trained_on']:,} phrases, {len(seeds)} seeds"
     machine = first["machine"]
-    where = f"{machine['device']} of a CPU with {machine['isa']}, {machine['frozen_dtype']}, torch {machine['torch']}"
+    where = f"one thread a run of a CPU with {machine['isa']}, {machine['frozen_dtype']}, torch {machine['torch']}"
     return f"Mean and range of the seeds, in %; {words}; made on {where} (`benchmarks/sweep.py`)."
 
 

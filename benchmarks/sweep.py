@@ -228,7 +228,7 @@ def main():
     threads = max(1, torch.get_num_threads() // args.processes)
     with concurrent.futures.ProcessPoolExecutor(args.processes) as pool:
         jobs = [pool.submit(run, *job, about["model"], args.data, args.phrases, threads) for job in missing]
-        for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
+        for number, job in enumerate(jobs, 1):  # in their order, so that the seeds of two settings can be paired
             line = job.result() | {"commit": at_commit}
             with open(args.out, "a") as file:
                 file.write(json.dumps(line) + "\n")
