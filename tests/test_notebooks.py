@@ -77,6 +77,12 @@ def test_code_cells_are_short_and_have_a_sentence_before_them(notebook):
         assert cell.cell_type == "markdown" or before.cell_type == "markdown", cell.source
 
 
+def test_code_that_only_draws_is_folded_away(notebook):
+    for cell in code_cells(notebook):
+        if "extra" in cell.metadata.get("tags", []) and len(cell.source.splitlines()) > 3:
+            assert cell.metadata.get("jupyter", {}).get("source_hidden"), cell.source
+
+
 def test_one_cell_is_tagged_parameters_and_holds_literals_only(notebook):
     tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
     names = re.findall(r"^(\w+) = ", tagged[0].source, re.MULTILINE)
