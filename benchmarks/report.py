@@ -14,13 +14,13 @@ import statistics
 import sys
 from pathlib import Path
 
+import after_training
 import nbformat
+import sweep
+
+from lora_utils import mcnemar
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import lora_utils  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
 FILES = ["README.md", "LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 
@@ -193,14 +193,9 @@ def int8_accuracy():
     return f"{table(header, rows)}\n\n{adapters} adapters (seeds), {lines[0]['model']}, {lines[0]['data']}."
 
 
-def sweep():
-    """(lines of the sweep, the settings that all of them have but for what was varied)."""
-    lines = list(map(json.loads, (RESULTS.parent / "sweep.jsonl").read_text().splitlines()))
-    return lines, next(line["settings"] for line in lines if "rounded" in line)
-
-
-def chosen(lines, default, **changed):
-    return [line for line in lines if line["settings"] == default | changed]
+def chosen(**changed):
+    """The runs of the sweep with its default's settings but for these, one for each seed."""
+    return [line for line in sweep.read(RESULTS.parent / "sweep.jsonl") if line["settings"] == sweep.DEFAULT | changed]
 
 
 def accuracies(group, where="validation"):
@@ -211,73 +206,70 @@ def mean_and_range(values):
     return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def full_fine_tuning(lines, default):
+def head_only():
+    return chosen(**sweep.HEAD)
+
+
+def full_fine_tuning():
     """The runs of full fine-tuning at the learning rate that was best on the held-out phrases."""
-    settings = [line["settings"] for line in lines if line["settings"]["method"] == "full"]
-    groups = [[line for line in lines if line["settings"] == s] for s in settings]
+    groups = [chosen(**varied) for varied in sweep.PARTS["full"]]
     return max(groups, key=lambda group: statistics.fmean(accuracies(group, "held-out")))
 
 
-def sweep_made_on(lines):
-    first, seeds = lines[0], {line["seed"] for line in lines}
-    words = f"{first['model']}, {first['data']}, one epoch of {first['trained_on']:,} phrases, {len(seeds)} seeds"
-    machine = first["machine"]
+def sweep_made_on():
+    group = chosen()
+    first, machine = group[0], group[0]["machine"]
+    words = f"{first['model']}, {first['data']}, one epoch of {first['trained_on']:,} phrases, {len(group)} seeds"
     where = f"one thread a run of a CPU with {machine['isa']}, {machine['frozen_dtype']}, torch {machine['torch']}"
     return f"Mean and range of the seeds, in %; {words}; made on {where} (`benchmarks/sweep.py`)."
 
 
 def accuracy_by_rank():
-    lines, default = sweep()
-    ranks = sorted({line["settings"]["rank"] for line in lines if line["settings"]["method"] == "lora"})
-    groups = {"head only": chosen(lines, default, method="head", rank=0, learning_rate=0.1)}
-    groups |= {f"LoRA, rank {rank}": chosen(lines, default, rank=rank) for rank in ranks}
-    groups["full fine-tuning"] = full_fine_tuning(lines, default)
+    groups = {"head only": head_only()}
+    groups |= {f"LoRA, rank {varied['rank']}": chosen(**varied) for varied in sweep.PARTS["rank"] if varied["rank"]}
+    groups["full fine-tuning"] = full_fine_tuning()
     rows = [
         [
             *(name, f"{group[0]['trained_parameters']:,}", f"{group[0]['settings']['learning_rate']:g}"),
             *(mean_and_range(accuracies(group, where)) for where in ("validation", "held-out")),
         ]
         for name, group in groups.items()
-        if group
     ]
     header = ["trained", "parameters", "learning rate", "872 validation sentences", "2,000 held-out phrases"]
-    return f"{table(header, rows)}\n\n{sweep_made_on(lines)}"
+    return f"{table(header, rows)}\n\n{sweep_made_on()}"
 
 
 def accuracy_by_bits():
-    lines, default = sweep()
-    ways = {"absmax": "to the largest", "half steps": "half steps", "together": "A and B together"}
-    plain, rows = chosen(lines, default), []
+    ways = dict(zip(after_training.WAYS, ("to the largest", "half steps", "A and B together"), strict=True))
+    plain, rows = chosen(), []
     for bits in (8, 4, 3, 2):
         after = [mean_and_range([100 * x["rounded"][way][str(bits)]["accuracy"] for x in plain]) for way in ways]
-        through = chosen(lines, default, method="qlora", bits=bits)
+        through = chosen(method="qlora", bits=bits)
         rows.append([str(bits), mean_and_range(accuracies(through)), *after])
     rows.append(["not quantised", mean_and_range(accuracies(plain)), "", "", ""])
     header = ["bits", "trained through", *(f"afterwards, {name}" for name in ways.values())]
-    return f"{table(header, rows)}\n\n{sweep_made_on(lines)}"
+    return f"{table(header, rows)}\n\n{sweep_made_on()}"
 
 
 def accuracy_by_bytes():
-    lines, default = sweep()
-    groups = {"head only": chosen(lines, default, method="head", rank=0, learning_rate=0.1)}
-    groups["LoRA"] = plain = chosen(lines, default)
-    groups |= {f"q-LoRA, {bits} bits": chosen(lines, default, method="qlora", bits=bits) for bits in (8, 4, 3, 2)}
+    groups = {"head only": head_only(), "LoRA": (plain := chosen())}
+    groups |= {f"q-LoRA, {bits} bits": chosen(method="qlora", bits=bits) for bits in (8, 4, 3, 2)}
     for base_bits, name in ((8, "int8"), (4, "NF4")):
-        groups[f"q-LoRA, 4 bits, {name} base"] = chosen(lines, default, method="qlora", bits=4, base_bits=base_bits)
-    groups["full fine-tuning"] = full_fine_tuning(lines, default)
+        groups[f"q-LoRA, 4 bits, {name} base"] = chosen(method="qlora", bits=4, base_bits=base_bits)
+    groups["full fine-tuning"] = full_fine_tuning()
     head, rows = 4 * groups["head only"][0]["trained_parameters"], []
     for name, group in groups.items():
         p = ", ".join(f"{against.p:.2g}" for against in compared(group, plain)) if group is not plain else ""
         sizes = f"{group[0]['bytes'] + head:,}", f"{group[0]['held'] / 1e6:.1f}"
         rows.append([name, *sizes, mean_and_range(accuracies(group)), p])
     header = ["method", "ships, bytes", "holds, MB", "872 validation sentences", "McNemar's p against LoRA, by seed"]
-    return f"{table(header, rows)}\n\n{sweep_made_on(lines)}"
+    return f"{table(header, rows)}\n\n{sweep_made_on()}"
 
 
 def compared(group, other):
     """McNemar's test between the runs of two settings, seed by seed."""
     pairs = zip(*([line["results"]["validation"]["right"] for line in some] for some in (group, other)), strict=True)
-    return [lora_utils.mcnemar(one, two, "1" * len(one)) for one, two in pairs]
+    return [mcnemar(one, two, "1" * len(one)) for one, two in pairs]
 
 
 TABLES = {

@@ -1,6 +1,6 @@
 """The runs that both notebooks draw: each setting under several seeds, one JSON line a run.
 
-    python benchmarks/sweep.py --data folder                     all parts, seeds 0, 1 and 2; a few hours on a laptop
+    python benchmarks/sweep.py --data folder                     all parts, three seeds; an hour or two on two cores
     python benchmarks/sweep.py --data folder --parts rank bits   these parts alone
 
 A run trains on 6,000 phrases for one epoch, the preset of the notebooks, drawn under the seed from the training phrases
@@ -37,8 +37,7 @@ DEFAULT = {"method": "lora", "rank": 8, "scaling": 2.0, "targets": ["query", "va
 DEFAULT |= {"bits": None, "base_bits": None}
 HEAD = {"method": "head", "rank": 0, "learning_rate": 0.1}
 QUANTISED = {"method": "qlora", "bits": 4}
-# The default's learning rate is the one, of those tried on the held-out phrases, that every rank and choice of layers
-# bears; rank 8 alone would take half as much again.
+# The default's learning rate is the best of its row in "scaling" on the held-out phrases.
 PARTS = {
     "rank": [HEAD] + [{"rank": rank} for rank in (1, 2, 4, 8, 16, 64)],
     "bits": [{}] + [QUANTISED | {"bits": bits} for bits in (8, 4, 3, 2)],

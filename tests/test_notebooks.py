@@ -15,7 +15,6 @@ import nbformat
 import papermill
 import pytest
 from nbclient import NotebookClient
-from nbclient.exceptions import CellTimeoutError
 from publish import publish
 
 from lora_utils import MOVIE_PHRASES, OFFLINE_MODEL, load_sst2
@@ -188,17 +187,6 @@ def test_papermill_runs_a_notebook_with_every_knob_changed(name, tmp_path, knobs
     assert ("Validation accuracy, q-LoRA" in text) == name.startswith("q")
 
 
-def executed(notebook):
-    """The notebook, executed: anew if its kernel stops answering, as one did, idle, for a reason not found."""
-    for last in (False, True):
-        try:
-            resources = {"metadata": {"path": str(ROOT)}}
-            return NotebookClient(copy.deepcopy(notebook), timeout=200, resources=resources).execute()
-        except CellTimeoutError:
-            if last:  # a cell that hangs by itself
-                raise
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_cell_can_be_interrupted_and_run_again_and_again(name, knobs):
@@ -217,7 +205,7 @@ def test_every_cell_can_be_interrupted_and_run_again_and_again(name, knobs):
         interrupted.metadata["tags"] = ["raises-exception"]
         cells += [interrupted, cell, copy.deepcopy(cell)]
     notebook.cells = [*cells, nbformat.v4.new_code_cell(NOTHING_IS_STACKED)]
-    notebook = executed(notebook)
+    NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(ROOT)}}).execute()
     assert notebook.cells[-1].outputs[-1].text.startswith("models, none of them stacked:")
 
 
