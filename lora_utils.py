@@ -41,8 +41,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 # --------------------------------------------------------------------------------------------------
 
 # What oneDNN, PyTorch's matrix library, leaves of a CPU's abilities where the environment holds it to an older set.
-HELD_TO = {"SSE41": (), "AVX": (), "AVX2": ("avx2",), "AVX2_VNNI": ("avx2", "avx_vnni")}
-HELD_TO |= {"AVX2_VNNI_2": ("avx2", "avx_vnni"), "AVX512_CORE": ("avx2",), "AVX512_CORE_VNNI": ("avx2", "avx512_vnni")}
+HELD_TO = {"SSE41": (), "AVX": (), "AVX2": (), "AVX2_VNNI": ("avx_vnni",), "AVX2_VNNI_2": ("avx_vnni",)}
+HELD_TO |= {"AVX512_CORE": (), "AVX512_CORE_VNNI": ("avx512_vnni",), "AVX512_CORE_BF16": ("avx512_vnni", "avx512_bf16")}
 
 
 class Arithmetic(NamedTuple):
@@ -50,26 +50,25 @@ class Arithmetic(NamedTuple):
 
     dtype: of the frozen weights: bfloat16 where the machine multiplies in it; else, and in doubt, float32.
     attention: which of transformers'. On a CPU "eager": the fused one has a very slow backward in bfloat16 there.
-    int8: the largest integer that `QuantizedLinear` rounds its inputs to, to multiply in integers; 0 where it does not.
-        127 with the instructions named VNNI; 63 with AVX2 alone, where the sum of two products must fit in 16 bits.
+    int8: whether `QuantizedLinear` multiplies 8 bits in integers: where the CPU has the instructions named VNNI, and
+        not those named AMX, which multiply bfloat16 as fast.
     """
 
     dtype: torch.dtype
     attention: str
-    int8: int
+    int8: bool
 
 
 def native_arithmetic():
     """What this machine computes in, as an `Arithmetic`: asked of PyTorch, and of the variables that hold it back."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Arithmetic(torch.bfloat16 if native else torch.float32, "sdpa", int8=0)
+        return Arithmetic(torch.bfloat16 if native else torch.float32, "sdpa", int8=False)
     cpu = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     able = cpu & set(HELD_TO.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), cpu))
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY can hold PyTorch itself
     native = wide and bool(able & {"avx512_bf16", "amx_bf16"})
-    integers = not native and "avx2" in able and torch.backends.mkldnn.is_available()
-    int8 = (127 if able & {"avx_vnni", "avx512_vnni"} else 63) if integers else 0
+    int8 = bool(able & {"avx_vnni", "avx512_vnni"}) and not able & {"amx_bf16"}
     return Arithmetic(torch.bfloat16 if native else torch.float32, "eager", int8)
 
 
@@ -360,8 +359,8 @@ class QuantizedLinear(QuantizedWeight):
 
         4 bits: y = x Ŵᵀ + b; Ŵ is decoded for the product, forgotten, and decoded again on the way back.
         8 bits: y = s · (x Qᵀ) + b; the integers Q are exact in the dtype of x, and s is the scale of each of W's rows.
-            With `int8_arithmetic` x ≈ t · X is rounded to integers too, with a scale t for each of its rows:
-            y = t · s · (X Qᵀ) + b. It rounds what it multiplies, so it is a method with an accuracy of its own. The
+            With `int8_arithmetic` x ≈ t · X is rounded to 8 bits too, with a scale t for each of its rows:
+            y = s · t · (X Qᵀ) + b. It rounds what it multiplies, so it is a method with an accuracy of its own. The
             gradient is always that of the exact product.
 
     Args:
@@ -369,8 +368,8 @@ class QuantizedLinear(QuantizedWeight):
         bits: 8 (int8 by row) or 4 (NF4).
 
     Attributes:
-        int8_arithmetic: the largest integer that x is rounded to, or 0 for the exact product; it may be set. It is what
-            `native_arithmetic` says where W is at least 512 wide on both sides. For x in float32 on a CPU alone.
+        int8_arithmetic: whether x is rounded to integers as well; it may be set. With 8 bits it is what
+            `native_arithmetic` says. For x in float32 or bfloat16 on a CPU alone.
 
     Shapes: x (..., in) to y (..., out), in the dtype of x.
     Raises ValueError for other bits, and for a weight with values that are not finite.
@@ -380,8 +379,7 @@ class QuantizedLinear(QuantizedWeight):
         super().__init__(linear.weight, bits)
         self.out_features, self.in_features = self.shape
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        pays = bits == 8 and min(self.shape) >= 512  # rounding and packing cost more than narrower products save
-        self.int8_arithmetic = native_arithmetic().int8 if pays else 0
+        self.int8_arithmetic = bits == 8 and native_arithmetic().int8
 
     def forward(self, x):
         x = as_multiplied(x)
@@ -392,21 +390,19 @@ class QuantizedLinear(QuantizedWeight):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self._decodes(x):
             return F.linear(x, self.dequantize(x.dtype), bias)
-        if self.int8_arithmetic and x.dtype == torch.float32 and x.device.type == "cpu":
-            y, scale = self._product_of_integers(x)
+        if self.int8_arithmetic and x.device.type == "cpu" and x.dtype != torch.float64:
+            y = self._product_of_integers(x)
         else:
-            y, scale = x @ self.codes.to(x.dtype).T, self._scale_by_row(x.dtype)
+            y = x @ self.codes.to(x.dtype).T
+        scale = self._scale_by_row(x.dtype)
         return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
 
     def _product_of_integers(self, x):
-        """(s · (X Qᵀ) in float32, t) by oneDNN, which takes one factor as unsigned integers around a zero."""
-        zero = self.int8_arithmetic + 1
-        t = (x.abs().amax(-1, keepdim=True) / self.int8_arithmetic).clamp_(min=torch.finfo(torch.float32).tiny)
-        rounded = torch.addcmul(torch.tensor(zero + 0.5), x, 1 / t).to(torch.uint8)
-        Q = torch.ops.onednn.qlinear_prepack(self.codes, None)  # in oneDNN's order; as quick as a cast, and not kept
-        scales, zeros = self._scale_by_row(torch.float32).flatten(), torch.zeros(self.out_features, dtype=torch.int64)
-        as_float = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias; a float32 output
-        return torch.ops.onednn.qlinear_pointwise(rounded, 1.0, zero, Q, scales, zeros, *as_float), t
+        """t · (X Qᵀ), in the dtype of x; the sums are exact, in 32 bits."""
+        exact = x.float()
+        t = (exact.abs().amax(-1, keepdim=True) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+        rounded = (exact * (1 / t)).round_().to(torch.int8)
+        return torch._int_mm(rounded, self.codes.T).to(x.dtype).mul_(t.to(x.dtype))
 
     def gradient(self, gradient):
         """The gradient of x (n, in), given that of y (n, out)."""

@@ -295,10 +295,13 @@ def arithmetic():
     native, held = lora_utils.native_arithmetic(), os.environ.get("ONEDNN_MAX_CPU_ISA")
     if DEVICE.type == "cuda":
         return "CUDA"
-    if held or native.dtype == torch.bfloat16:
-        return held or "BF16"
-    if native.int8 == 127:
-        return "AVX512_CORE_VNNI" if torch.cpu.get_capabilities().get("avx512_vnni") else "AVX2_VNNI"
+    able = torch.cpu.get_capabilities()
+    if held:
+        return held
+    if native.dtype == torch.bfloat16:
+        return "AMX_BF16" if able.get("amx_bf16") else "AVX512_BF16"
+    if native.int8:
+        return "AVX512_CORE_VNNI" if able.get("avx512_vnni") else "AVX2_VNNI"
     return torch.backends.cpu.get_cpu_capability()
 
 

@@ -27,7 +27,8 @@ FILES = ["README.md", "LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 # The kinds of machine that results are filed under, and how a reader knows them.
 MACHINES = {
     "cuda": "a GPU",
-    "bf16": "a CPU with bfloat16",
+    "amx_bf16": "AMX, bfloat16",
+    "avx512_bf16": "AVX512_BF16, bfloat16",
     "avx512_core_vnni": "AVX512_CORE_VNNI, float32",
     "avx2_vnni": "AVX2_VNNI, float32",
     "avx2": "AVX2, float32",
@@ -173,22 +174,15 @@ def int8_accuracy():
         return "Not measured yet."
     lines = list(map(json.loads, file.read_text().splitlines()))
     rows = []
-    for where, bits in dict.fromkeys((line["evaluated_on"], line["bits"]) for line in lines):
-        group = [line for line in lines if (line["evaluated_on"], line["bits"]) == (where, bits)]
+    for where in dict.fromkeys(line["evaluated_on"] for line in lines):
+        group = [line for line in lines if line["evaluated_on"] == where]
         plain, rounded = ([100 * line[key] for line in group] for key in ("plain", "int8"))
         lost = [b - a for a, b in zip(plain, rounded, strict=True)]
         cells = [f"{statistics.fmean(plain):.2f}", f"{statistics.fmean(rounded):.2f}"]
         cells += [f"{statistics.fmean(lost):+.2f} ({min(lost):+.2f} to {max(lost):+.2f})"]
         cells += [f"{sum(line['other_labels'] for line in group)} of {sum(line['n'] for line in group):,}"]
-        rows.append([f"{bits} bits ({'VNNI' if bits == 8 else 'AVX2 alone'})", f"{group[0]['n']:,} {where}", *cells])
-    header = [
-        "activations",
-        "evaluated on",
-        "exact, %",
-        "int8 arithmetic, %",
-        "difference, points (range)",
-        "other label",
-    ]
+        rows.append([f"{group[0]['n']:,} {where}", *cells])
+    header = ["evaluated on", "exact, %", "int8 arithmetic, %", "difference, points (range)", "other label"]
     adapters = len({line["seed"] for line in lines})
     return f"{table(header, rows)}\n\n{adapters} adapters (seeds), {lines[0]['model']}, {lines[0]['data']}."
 

@@ -31,7 +31,7 @@ torch.set_num_threads(1)  # most models here are tiny: a second thread gains not
 def exact_products(monkeypatch):
     """No int8 arithmetic, whatever the machine has: the tests that are about it ask for it."""
     native = lora_utils.native_arithmetic()
-    monkeypatch.setattr(lora_utils, "native_arithmetic", lambda: native._replace(int8=0))
+    monkeypatch.setattr(lora_utils, "native_arithmetic", lambda: native._replace(int8=False))
 
 
 @pytest.fixture(scope="session")

@@ -68,42 +68,43 @@ def test_in_float16_an_8_bit_weight_does_not_overflow():
     assert layer(x).isfinite().all()
 
 
-CPU = torch.cpu.get_capabilities()
-WITH_INTEGERS = pytest.mark.skipif(not CPU.get("avx2"), reason="the product of integers is for x86 CPUs with AVX2")
-WIDTHS = [63, 127] if CPU.get("avx_vnni") or CPU.get("avx512_vnni") else [63]
+@pytest.fixture
+def with_integers(monkeypatch):
+    """On a CPU without VNNI PyTorch's product of integers is not exact: there its sums are made in float64."""
+    cpu = torch.cpu.get_capabilities()
+    if not cpu.get("avx_vnni") and not cpu.get("avx512_vnni"):
+        monkeypatch.setattr(torch, "_int_mm", lambda x, y: (x.double() @ y.double()).int())
 
 
-@WITH_INTEGERS
-@pytest.mark.parametrize("largest", WIDTHS)
+# A tie may fall the other way, and bfloat16 has 8 binary digits.
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_int8_arithmetic_is_the_product_of_the_rounded_numbers(adapted, bias, largest):
-    base, W, b = frozen(8, torch.float32, bias, inputs=384)
-    base.int8_arithmetic = largest
+def test_int8_arithmetic_is_the_product_of_the_rounded_numbers(with_integers, adapted, bias, dtype, allowed):
+    base, W, b = frozen(8, dtype, bias, inputs=384)
+    base.int8_arithmetic = True
     layer = LoRALayer(base, rank=4) if adapted else base
-    x = torch.randn(2, 9, 384)
+    x = torch.randn(2, 9, 384, dtype=dtype)
     x[0, 0] = 0
     x[1, 1] *= 1e30
     x[1, 2] *= 1e-30
     x.requires_grad_()
     y = layer(x)
-    t = x.detach().double().abs().amax(-1, keepdim=True) / largest
-    rounded = torch.where(t > 0, (x.detach() / t + 0.5).floor() * t, 0)
+    t = x.detach().double().abs().amax(-1, keepdim=True) / 127
+    rounded = torch.where(t > 0, (x.detach() / t).round() * t, 0)
     for found, exact, unrounded in zip(y.flatten(0, 1), rounded.flatten(0, 1), x.double().flatten(0, 1), strict=True):
         if exact.any() or bias:
-            assert relative_error(found, exact @ W.T + b) < 1e-3  # a tie may fall the other way
+            assert relative_error(found, exact @ W.T + b) < allowed
         if exact.any() and not bias:
-            assert 1e-3 < relative_error(found, unrounded @ W.T + b) < 2.0 / largest  # it does round
+            assert 1e-3 < relative_error(found, unrounded @ W.T + b) < 2e-2  # it does round
     g = torch.randn_like(y)
     y.backward(g)
-    assert relative_error(x.grad, g.double() @ W) < 1e-5  # the gradient of the exact product
+    assert relative_error(x.grad, g.double() @ W) < ALLOWED[dtype]  # the gradient of the exact product
 
 
-@WITH_INTEGERS
-@pytest.mark.parametrize("largest", WIDTHS)
-def test_int8_arithmetic_does_not_overflow_where_everything_is_as_large_as_can_be(largest):
+def test_int8_arithmetic_does_not_overflow_where_everything_is_as_large_as_can_be(with_integers):
     base, *_ = frozen(8, torch.float32, bias=False, inputs=3072)
-    base.int8_arithmetic = largest
+    base.int8_arithmetic = True
     base.codes.fill_(127)
     for sign in (1, -1):
         x = torch.full((2, 3072), 5.0 * sign)
@@ -113,24 +114,21 @@ def test_int8_arithmetic_does_not_overflow_where_everything_is_as_large_as_can_b
         assert base(x).abs().max() < 1e-5 * expected.abs().max()
 
 
-@WITH_INTEGERS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_int8_arithmetic_is_for_float32_alone(dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_int8_arithmetic_is_for_float32_and_bfloat16_alone(with_integers, dtype):
     base, _, _ = frozen(8, dtype)
     x = torch.randn(5, 128, dtype=dtype)
     plain = base(x)
-    base.int8_arithmetic = 63
+    base.int8_arithmetic = True
     assert torch.equal(base(x), plain)
     assert base(torch.zeros(0, 128)).shape == (0, 48)
 
 
-@pytest.mark.parametrize("largest", [0, 63, 127])
-def test_a_layer_takes_int8_arithmetic_where_the_machine_does_and_for_8_bits_alone(monkeypatch, largest):
-    monkeypatch.setattr("lora_utils.native_arithmetic", lambda: Arithmetic(torch.float32, "eager", largest))
-    wide = {"inputs": 768, "outputs": 512}
-    assert frozen(8, torch.float32, **wide)[0].int8_arithmetic == largest
-    assert frozen(4, torch.float32, **wide)[0].int8_arithmetic == 0
-    assert frozen(8, torch.float32, inputs=768, outputs=384)[0].int8_arithmetic == 0  # where it would be slower
+@pytest.mark.parametrize("able", [False, True])
+def test_a_layer_takes_int8_arithmetic_where_the_machine_does_and_for_8_bits_alone(monkeypatch, able):
+    monkeypatch.setattr("lora_utils.native_arithmetic", lambda: Arithmetic(torch.float32, "eager", able))
+    assert frozen(8, torch.float32)[0].int8_arithmetic is able
+    assert frozen(4, torch.float32)[0].int8_arithmetic is False
 
 
 def test_an_empty_batch_gives_an_empty_output():

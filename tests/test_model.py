@@ -119,21 +119,21 @@ LAPTOP = {"avx2": True, "avx_vnni": True}
 @pytest.mark.parametrize(
     "able, aten, held_to, dtype, int8",
     [
-        (SERVER, "AVX512", "", torch.bfloat16, 0),
-        (SERVER | {"avx512_bf16": False, "amx_bf16": True}, "AVX512", "", torch.bfloat16, 0),
-        (SERVER, "AVX512", "AVX512_CORE_BF16", torch.bfloat16, 0),
-        (SERVER, "AVX512", "avx512_core_vnni", torch.float32, 127),
-        (SERVER, "AVX512", "AVX512_CORE", torch.float32, 63),
-        (SERVER, "AVX2", "AVX2", torch.float32, 63),
-        (SERVER, "AVX2", "", torch.float32, 127),  # PyTorch alone held back, and not oneDNN
-        (SERVER, "AVX2", "AVX2_VNNI", torch.float32, 63),  # which this one does not have
-        (SERVER | {"avx_vnni": True}, "AVX2", "AVX2_VNNI", torch.float32, 127),
-        (SERVER | {"avx512_bf16": False}, "AVX512", "", torch.float32, 127),
-        (LAPTOP, "AVX2", "", torch.float32, 127),
-        (LAPTOP | {"avx_vnni": False}, "AVX2", "", torch.float32, 63),
-        (LAPTOP, "AVX2", "SSE41", torch.float32, 0),
-        ({"architecture": "aarch64", "bf16": True, "i8mm": True}, "DEFAULT", "", torch.float32, 0),  # in doubt
-        ({}, "DEFAULT", "", torch.float32, 0),
+        (SERVER, "AVX512", "", torch.bfloat16, True),
+        (SERVER | {"amx_bf16": True}, "AVX512", "", torch.bfloat16, False),
+        (SERVER | {"amx_bf16": True}, "AVX512", "AVX512_CORE_BF16", torch.bfloat16, True),
+        (SERVER, "AVX512", "avx512_core_vnni", torch.float32, True),
+        (SERVER, "AVX512", "AVX512_CORE", torch.float32, False),
+        (SERVER, "AVX2", "AVX2", torch.float32, False),
+        (SERVER, "AVX2", "", torch.float32, True),  # PyTorch alone held back, and not oneDNN
+        (SERVER, "AVX2", "AVX2_VNNI", torch.float32, False),  # which this one does not have
+        (SERVER | {"avx_vnni": True}, "AVX2", "AVX2_VNNI", torch.float32, True),
+        (SERVER | {"avx512_bf16": False}, "AVX512", "", torch.float32, True),
+        (LAPTOP, "AVX2", "", torch.float32, True),
+        (LAPTOP | {"avx_vnni": False}, "AVX2", "", torch.float32, False),
+        (LAPTOP, "AVX2", "SSE41", torch.float32, False),
+        ({"architecture": "aarch64", "bf16": True, "i8mm": True}, "DEFAULT", "", torch.float32, False),  # in doubt
+        ({}, "DEFAULT", "", torch.float32, False),
     ],
 )
 def test_the_machine_decides_on_bf16_and_on_int8_arithmetic(monkeypatch, able, aten, held_to, dtype, int8):

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 IDS = [[101, *range(1000, 1000 + n), 102] for n in itertools.islice(itertools.cycle(range(1, 60)), 1600)]
 
 # What a ratio of sentences a second must reach: (part, machine): {(over, under): at least}
+# With AVX512_BF16 alone a product takes three times as long as with AMX: what is saved around it counts for less.
 MUST = {
-    ("training", "bf16"): {
+    ("training", "amx_bf16"): {
         ("LoRA", "full fine-tuning, padded to 128"): 42,
         ("LoRA", "PEFT"): 4.2,
         ("LoRA", "PEFT, tuned"): 1.5,
@@ -26,6 +27,11 @@ MUST = {
         ("q-LoRA, NF4 base", "PEFT, NF4 base, tuned"): 1.6,
         ("q-LoRA, int8 base", "LoRA"): 0.88,
         ("q-LoRA, NF4 base", "LoRA"): 0.77,
+    },
+    ("training", "avx512_bf16"): {
+        ("LoRA", "the frozen products alone"): 0.75,
+        ("q-LoRA", "LoRA"): 0.95,
+        ("q-LoRA, int8 base", "LoRA"): 1.05,
     },
     ("training", "avx2"): {("LoRA", "PEFT"): 3.0, ("LoRA", "PEFT, tuned"): 1.05},
     ("training", "avx512_core_vnni"): {("q-LoRA, int8 base", "LoRA"): 1.25},
@@ -73,8 +79,8 @@ def test_a_step_grows_by_15_percent_at_most_from_rank_1_to_64():
 def test_int8_arithmetic_costs_less_than_0_8_points():
     file = ROOT / "benchmarks" / "results" / "int8_arithmetic.jsonl"
     lines = list(map(json.loads, file.read_text().splitlines()))
-    for key in {(line["evaluated_on"], line["bits"]) for line in lines}:
-        group = [100 * (x["int8"] - x["plain"]) for x in lines if (x["evaluated_on"], x["bits"]) == key]
+    for where in {line["evaluated_on"] for line in lines}:
+        group = [100 * (line["int8"] - line["plain"]) for line in lines if line["evaluated_on"] == where]
         assert statistics.fmean(group) > -0.8 and len(group) >= 3
 
 
