@@ -21,7 +21,8 @@ from speed import TRAINING
 
 import lora_utils
 
-LEFT_OUT = ("the frozen products alone", "PEFT, NF4 base, tuned", "PEFT, int8 base, tuned")
+LEFT_OUT = {"full fine-tuning, in our batches", "the frozen products alone"}
+LEFT_OUT |= {"PEFT, NF4 base, tuned", "PEFT, int8 base, tuned"}
 WAYS = {name: way for name, way in TRAINING.items() if name not in LEFT_OUT}
 
 

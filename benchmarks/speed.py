@@ -44,6 +44,7 @@ import lora_utils
 
 TRAINING = {
     "full fine-tuning, padded to 128": OLDER,
+    "full fine-tuning, in our batches": replace(PEFT_TUNED, who="transformers", dropout=0.0, fused=True),
     "PEFT": PEFT_STOCK,
     "PEFT, tuned": PEFT_TUNED,
     "PEFT, NF4 base": replace(PEFT_STOCK, base=4),
@@ -58,6 +59,7 @@ TRAINING = {
 }
 TRAINING_RATIOS = [
     ("LoRA", "full fine-tuning, padded to 128"),
+    ("LoRA", "full fine-tuning, in our batches"),
     ("LoRA", "PEFT"),
     ("LoRA", "PEFT, tuned"),
     ("LoRA", "the frozen products alone"),
