@@ -141,7 +141,7 @@ def test_an_empty_list_of_sentences_and_a_batch_size_of_zero_are_refused(tokeniz
     split = datasets.Dataset.from_list(ROWS)
     with pytest.raises(ValueError, match="list of sentences is empty"):
         make_loader(split.select([]), tokenizer)
-    for size in (0, -1, 2.5):
+    for size in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match=f"batch_size is {size}"):
             make_loader(split, tokenizer, batch_size=size)
 
