@@ -23,6 +23,8 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 import lora_utils
 
 ROOT = Path(__file__).resolve().parents[1]
+# What bitsandbytes, which only the tests install, says on CPUs with AVX512_BF16 as soon as anything imports it.
+BITSANDBYTES_SAYS = "Failed to load CPU gemm_4bit_forward"
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # most models here are tiny: a second thread gains nothing, and waits on a crowded machine
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import pytest
+from conftest import BITSANDBYTES_SAYS
 
 import lora_utils
 from lora_utils import DEFAULT_MODEL, OFFLINE_MODEL, find_model, hub_answers
@@ -116,4 +117,5 @@ def test_on_a_machine_without_a_hub_the_fallbacks_take_less_than_ten_seconds_and
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = run.stdout.splitlines()
     assert len(lines) == 3 and lines[0].startswith("Model: ") and lines[1].startswith("Data: "), run
-    assert float(lines[2]) < 10 and not run.stderr
+    noise = [line for line in run.stderr.splitlines() if not line.startswith(BITSANDBYTES_SAYS)]
+    assert float(lines[2]) < 10 and not noise
