@@ -140,7 +140,7 @@ def test_a_notebook_runs_in_a_browser_its_bars_move_its_figures_appear_and_its_s
     nbformat.write(notebook, lab.folder / name)
     page.goto(lab.address(name))
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-    assert len(page.evaluate(LOOK)) == len(committed)
+    assert until(lambda: len(page.evaluate(LOOK)) == len(committed), 60)  # the page fills cell by cell
 
     choose(page, "Run", "Run All Cells")
     percentages = [set() for _ in committed]
