@@ -51,7 +51,7 @@ class Arithmetic(NamedTuple):
     dtype: of the frozen weights: bfloat16 where the machine multiplies in it; else, and in doubt, float32.
     attention: which of transformers'. On a CPU "eager": the fused one has a very slow backward in bfloat16 there.
     int8: whether `QuantizedLinear` multiplies 8 bits in integers: where the CPU has the instructions named VNNI, and
-        not those named AMX, with which bfloat16 is fast enough that nothing is gained.
+        not those named AMX, which multiply bfloat16 faster still.
     """
 
     dtype: torch.dtype

@@ -120,7 +120,7 @@ LAPTOP = {"avx2": True, "avx_vnni": True}
     "able, aten, held_to, dtype, int8",
     [
         (SERVER, "AVX512", "", torch.bfloat16, True),
-        (SERVER | {"amx_bf16": True}, "AVX512", "", torch.bfloat16, False),
+        (SERVER | {"avx512_bf16": False, "amx_bf16": True}, "AVX512", "", torch.bfloat16, False),
         (SERVER | {"amx_bf16": True}, "AVX512", "AVX512_CORE_BF16", torch.bfloat16, True),
         (SERVER, "AVX512", "avx512_core_vnni", torch.float32, True),
         (SERVER, "AVX512", "AVX512_CORE", torch.float32, False),
