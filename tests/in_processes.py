@@ -1,5 +1,6 @@
 """What tests/test_running.py runs in two processes with torchrun: python in_processes.py model-folder output-folder."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -91,6 +92,11 @@ def main(bert, out):
     found |= {"written": len(written), "shards": default_shards(accelerator), "processes": accelerator.num_processes}
     found["schedules"] = run.schedule.last_epoch, steps_of_a_prepared_schedule(accelerator)
     Path(out, f"{accelerator.process_index}.json").write_text(json.dumps(found))
+    # What PyTorch wraps models in must not be the last to hold the group of processes: it would end it while it holds
+    # Python's lock, which the group's own thread may be waiting for, and neither would ever end.
+    del loop, run
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
 
 
