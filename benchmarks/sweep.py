@@ -16,6 +16,7 @@ import copy
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -225,7 +226,8 @@ def main():
     at_commit = commit()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, torch.get_num_threads() // args.processes)
-    with concurrent.futures.ProcessPoolExecutor(args.processes) as pool:
+    spawn = multiprocessing.get_context("spawn")  # forked, a run could wait for a thread that it has not
+    with concurrent.futures.ProcessPoolExecutor(args.processes, spawn) as pool:
         jobs = [pool.submit(run, *job, about["model"], args.data, args.phrases, threads) for job in missing]
         for number, job in enumerate(jobs, 1):  # in their order, so that the seeds of two settings can be paired
             line = job.result() | {"commit": at_commit}
