@@ -139,6 +139,7 @@ def run(args, train_split, tests, seed):
             "evaluated_on": evaluated_on,
             "settings": {key: value for key, value in vars(args).items() if key in SETTINGS},
             "seed": seed,
+            "int8_arithmetic": any(getattr(module, "int8_arithmetic", False) for module in model.modules()),
             "trained_on": len(train_split),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "train_loss": round(loss, 4),
