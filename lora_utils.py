@@ -400,9 +400,8 @@ class QuantizedLinear(QuantizedWeight):
 
     def _product_of_integers(self, x):
         """t · (X Qᵀ), in the dtype of x; the sums are exact, in 32 bits."""
-        exact = x.float()
-        t = (exact.abs().amax(-1, keepdim=True) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-        rounded = (exact * (1 / t)).round_().to(torch.int8)
+        t = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+        rounded = (x * (1 / t)).round_().to(torch.int8)  # 1 / t is float32, and so is the product
         return torch._int_mm(rounded, self.codes.T).to(x.dtype).mul_(t.to(x.dtype))
 
     def gradient(self, gradient):

@@ -33,6 +33,7 @@ MACHINES = {
     "avx2_vnni": "AVX2_VNNI, float32",
     "avx2": "AVX2, float32",
 }
+INT8 = "int8_arithmetic.jsonl", "int8_trained.jsonl"  # the same adapters evaluated, and trained, both ways
 MODELS = {"bert-base": "BERT-base's shape", "packaged": "the 6-layer BERT"}
 
 
@@ -169,22 +170,27 @@ def growth():
 
 
 def int8_accuracy():
-    file = RESULTS.parent / "int8_arithmetic.jsonl"
-    if not file.exists():
-        return "Not measured yet."
-    lines = list(map(json.loads, file.read_text().splitlines()))
+    """Two rows for the same adapters, evaluated both ways, and two for trainings under the same seeds, both ways."""
+    folder = RESULTS.parent
+    both_ways = [(line, line["plain"], line["int8"], line["other_labels"]) for line in sweep.read(folder / INT8[0])]
+    trained = {}
+    for line in sweep.read(folder / INT8[1]):
+        trained.setdefault((line["evaluated_on"], line["seed"]), {})[line["int8_arithmetic"]] = line
+    pairs = [(pair[False], pair[True]) for pair in trained.values()]
+    others = [sum(a != b for a, b in zip(*(line["predictions"] for line in pair), strict=True)) for pair in pairs]
+    trained = [(a, a["accuracy"], b["accuracy"], other) for (a, b), other in zip(pairs, others, strict=True)]
     rows = []
-    for where in dict.fromkeys(line["evaluated_on"] for line in lines):
-        group = [line for line in lines if line["evaluated_on"] == where]
-        plain, rounded = ([100 * line[key] for line in group] for key in ("plain", "int8"))
-        lost = [b - a for a, b in zip(plain, rounded, strict=True)]
-        cells = [f"{statistics.fmean(plain):.2f}", f"{statistics.fmean(rounded):.2f}"]
-        cells += [f"{statistics.fmean(lost):+.2f} ({min(lost):+.2f} to {max(lost):+.2f})"]
-        cells += [f"{sum(line['other_labels'] for line in group)} of {sum(line['n'] for line in group):,}"]
-        rows.append([f"{group[0]['n']:,} {where}", *cells])
-    header = ["evaluated on", "exact, %", "int8 arithmetic, %", "difference, points (range)", "other label"]
-    adapters = len({line["seed"] for line in lines})
-    return f"{table(header, rows)}\n\n{adapters} adapters (seeds), {lines[0]['model']}, {lines[0]['data']}."
+    for what, runs in (("the same adapters", both_ways), ("trained anew", trained)):
+        for where in dict.fromkeys(line["evaluated_on"] for line, *_ in runs):
+            group = [run for run in runs if run[0]["evaluated_on"] == where]
+            exact, rounded = ([100 * run[i] for run in group] for i in (1, 2))
+            lost = [b - a for a, b in zip(exact, rounded, strict=True)]
+            cells = [what, f"{group[0][0]['n']:,} {where}", str(len(group))]
+            cells += [f"{statistics.fmean(exact):.2f}", f"{statistics.fmean(rounded):.2f}"]
+            cells += [f"{statistics.fmean(lost):+.2f} ({min(lost):+.2f} to {max(lost):+.2f})"]
+            rows.append([*cells, f"{sum(run[3] for run in group):,} of {sum(run[0]['n'] for run in group):,}"])
+    header = ["", "evaluated on", "seeds", "exact, %", "int8 arithmetic, %", "points (range)", "other label"]
+    return f"{table(header, rows)}\n\n{both_ways[0][0]['model']}, {both_ways[0][0]['data']}."
 
 
 def chosen(**changed):
