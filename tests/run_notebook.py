@@ -10,10 +10,24 @@ import sys
 from pathlib import Path
 
 import nbformat
+from jupyter_client.channels import AsyncZMQSocketChannel
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+async def get_msg(channel, timeout=None, get_msg=AsyncZMQSocketChannel.get_msg):
+    """The next message of a kernel. On a crowded machine its coming can go unnoticed: so look again every second.
+
+    Seen once, with pyzmq 27.3: the reply was there to be read, and the client slept for ever.
+    """
+    while timeout is None and not await channel.socket.poll(1000):
+        pass
+    return await get_msg(channel, timeout)
+
+
+AsyncZMQSocketChannel.get_msg = get_msg  # papermill's client receives through it, too
 
 
 class Narrator(NotebookClient):

@@ -1,4 +1,5 @@
 import ast
+import asyncio
 import copy
 import importlib.metadata
 import itertools
@@ -14,6 +15,10 @@ from types import SimpleNamespace
 import nbformat
 import papermill
 import pytest
+import run_notebook  # whatever executes a notebook below receives its messages in its way
+import zmq.asyncio
+from jupyter_client.channels import AsyncZMQSocketChannel
+from jupyter_client.session import Session
 from nbclient import NotebookClient
 from publish import publish
 
@@ -166,6 +171,22 @@ def knobs(data_folder, monkeypatch):
     folder = data_folder("some_phrases", **{split: list(rows) for split, rows in phrases.items()})
     knobs = EVERY_KNOB | {"DATASET": str(folder)}
     return lambda notebook: knobs | (QUANTISED_KNOBS if "qLoRABertModel" in str(notebook) else {})
+
+
+def test_a_message_whose_coming_goes_unnoticed_is_received():
+    async def receive():
+        with zmq.asyncio.Context() as context, context.socket(zmq.PAIR) as kernel, context.socket(zmq.PAIR) as client:
+            kernel.bind("inproc://kernel")
+            client.connect("inproc://kernel")
+            session = Session()
+            message = asyncio.create_task(AsyncZMQSocketChannel(client, session).get_msg())
+            await asyncio.sleep(0.1)
+            asyncio.get_running_loop().remove_reader(client.FD)  # what would wake it
+            session.send(kernel, "status")
+            return await asyncio.wait_for(message, 10)
+
+    assert AsyncZMQSocketChannel.get_msg is run_notebook.get_msg
+    assert asyncio.run(receive())["msg_type"] == "status"
 
 
 @pytest.mark.slow
