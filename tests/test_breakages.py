@@ -210,8 +210,8 @@ BREAKAGES = [
     ),
     (
         "integers beyond 8 bits wrap around",
-        "(exact * (1 / t)).round_()",
-        "(exact * (1.02 / t)).round_()",
+        "(x * (1 / t)).round_()",
+        "(x * (1.02 / t)).round_()",
         "fast_paths",
         "int8_arithmetic_does_not_overflow_where_everything_is_as_large_as_can_be",
     ),
