@@ -4,6 +4,9 @@
         --adapters adapters/int8 --out int8.jsonl
     python benchmarks/int8_arithmetic.py --data folder --adapters adapters/int8
 
+What it costs when it is trained through, too, is in benchmarks/results/int8_trained.jsonl: the first of these commands
+with `--seeds 0 1 2 3 4`, the CPU held to AVX2 and to AVX512_CORE_VNNI by the variables in contenders.py.
+
 Evaluated on the validation sentences, and on the 2,000 phrases that `--both` holds out. One JSON line an adapter and
 set of sentences. The integers are multiplied in float64, whose sums are exact, so any machine will do.
 """

@@ -33,7 +33,6 @@ MACHINES = {
     "avx2_vnni": "AVX2_VNNI, float32",
     "avx2": "AVX2, float32",
 }
-INT8 = "int8_arithmetic.jsonl", "int8_trained.jsonl"  # the same adapters evaluated, and trained, both ways
 MODELS = {"bert-base": "BERT-base's shape", "packaged": "the 6-layer BERT"}
 
 
@@ -165,32 +164,41 @@ def growth():
     for (model, machine), result in results("growth").items():
         figure = f"![{alt}](benchmarks/results/speed/growth-{model}-{machine}.png)"
         times = f"A step at rank 64 takes {spread(result['rank 64 over rank 1'])} times as long as one at rank 1"
-        lines.append(f"{figure}\n\n{times} ({MACHINES.get(machine, machine)}).")
+        rounds = len(result["growth"]["rank"]["LoRA"]["64"]["seconds"])
+        about = f"{MODELS[model]}, 32 sentences of 16 tokens, {result['machine']['device']}"
+        lines.append(f"{figure}\n\n{times} ({about}, {MACHINES.get(machine, machine)}, {rounds} rounds).")
     return "\n\n".join(lines) or "Not measured yet."
 
 
-def int8_accuracy():
-    """Two rows for the same adapters, evaluated both ways, and two for trainings under the same seeds, both ways."""
-    folder = RESULTS.parent
-    both_ways = [(line, line["plain"], line["int8"], line["other_labels"]) for line in sweep.read(folder / INT8[0])]
-    trained = {}
-    for line in sweep.read(folder / INT8[1]):
+def int8_runs():
+    """{(what was done both ways, evaluated on): [(accuracy exact, with int8 arithmetic, other labels, sentences)]}."""
+    found, trained = {}, {}
+    for line in sweep.read(RESULTS.parent / "int8_arithmetic.jsonl"):
+        run = (line["plain"], line["int8"], line["other_labels"], line["n"])
+        found.setdefault(("evaluation alone", line["evaluated_on"]), []).append(run)
+    for line in sweep.read(RESULTS.parent / "int8_trained.jsonl"):
         trained.setdefault((line["evaluated_on"], line["seed"]), {})[line["int8_arithmetic"]] = line
-    pairs = [(pair[False], pair[True]) for pair in trained.values()]
-    others = [sum(a != b for a, b in zip(*(line["predictions"] for line in pair), strict=True)) for pair in pairs]
-    trained = [(a, a["accuracy"], b["accuracy"], other) for (a, b), other in zip(pairs, others, strict=True)]
+    for (where, _), pair in trained.items():
+        exact, rounded = pair[False], pair[True]
+        others = sum(a != b for a, b in zip(exact["predictions"], rounded["predictions"], strict=True))
+        run = (exact["accuracy"], rounded["accuracy"], others, exact["n"])
+        found.setdefault(("training and evaluation", where), []).append(run)
+    return found
+
+
+def int8_accuracy():
     rows = []
-    for what, runs in (("the same adapters", both_ways), ("trained anew", trained)):
-        for where in dict.fromkeys(line["evaluated_on"] for line, *_ in runs):
-            group = [run for run in runs if run[0]["evaluated_on"] == where]
-            exact, rounded = ([100 * run[i] for run in group] for i in (1, 2))
-            lost = [b - a for a, b in zip(exact, rounded, strict=True)]
-            cells = [what, f"{group[0][0]['n']:,} {where}", str(len(group))]
-            cells += [f"{statistics.fmean(exact):.2f}", f"{statistics.fmean(rounded):.2f}"]
-            cells += [f"{statistics.fmean(lost):+.2f} ({min(lost):+.2f} to {max(lost):+.2f})"]
-            rows.append([*cells, f"{sum(run[3] for run in group):,} of {sum(run[0]['n'] for run in group):,}"])
-    header = ["", "evaluated on", "seeds", "exact, %", "int8 arithmetic, %", "points (range)", "other label"]
-    return f"{table(header, rows)}\n\n{both_ways[0][0]['model']}, {both_ways[0][0]['data']}."
+    for (what, where), runs in int8_runs().items():
+        exact, rounded, others, sentences = zip(*runs)
+        lost = [100 * (b - a) for a, b in zip(exact, rounded)]
+        cells = [f"{100 * statistics.fmean(exact):.2f}", f"{100 * statistics.fmean(rounded):.2f}"]
+        cells += [f"{statistics.fmean(lost):+.2f} ({min(lost):+.2f} to {max(lost):+.2f})"]
+        cells += [f"{sum(others):,} of {sum(sentences):,}"]
+        rows.append([what, f"{sentences[0]:,} {where}", str(len(runs)), *cells])
+    header = ["both ways", "evaluated on", "seeds", "exact, %", "int8 arithmetic, %"]
+    header += ["difference, points (range)", "other label"]
+    line = sweep.read(RESULTS.parent / "int8_arithmetic.jsonl")[0]
+    return f"{table(header, rows)}\n\n{line['model']}, {line['data']}."
 
 
 def chosen(**changed):

@@ -19,7 +19,7 @@ NOTEBOOKS = ["LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 NEEDED = ["lora_utils.py", "README.md", "requirements.txt", "data", "benchmarks"]
 SHORT = {"DATASET": "few", "TRAIN_SENTENCES": 160, "BATCH_SIZE": 8, "EPOCHS": 1}
 PICTURES = ROOT / "outputs" / "browser"
-LONGEST = 450  # seconds for all cells of a notebook: two minutes of work, on a machine that may be crowded
+LONGEST = 450  # seconds for the cells, two minutes of work, on a crowded machine; the test as a whole may take 600
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # or cells out of sight are not in the page
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # or it asks
