@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 NOTEBOOKS ?= LoRA_implementation.ipynb qLoRA_implementation.ipynb
 
 run: $(VENV)/installed
-	$(BIN)/python tests/run_notebook.py $(NOTEBOOKS)
+	$(BIN)/python tools/run_notebook.py $(NOTEBOOKS)
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab
@@ -37,11 +37,11 @@ bench: $(VENV)/installed-tests
 
 # Once it is published: the address into the notebooks' first cell, and the badges: make publish REPOSITORY=https://github.com/owner/name
 publish: $(VENV)/installed
-	$(BIN)/python tests/publish.py $(REPOSITORY)
+	$(BIN)/python tools/publish.py $(REPOSITORY)
 
 # Execute the notebooks in place, to commit them: with real data, SST2_DIR=folder make notebooks
 notebooks: $(VENV)/installed
-	$(BIN)/python tests/run_notebook.py --in-place $(NOTEBOOKS)
+	$(BIN)/python tools/run_notebook.py --in-place $(NOTEBOOKS)
 
 $(VENV)/installed: requirements.txt data/offline-model.txt
 	$(PYTHON) -m venv $(VENV)

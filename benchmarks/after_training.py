@@ -8,49 +8,18 @@ takes the unquantised adapters that the first line saved, one for each seed, rou
 """
 
 import argparse
-import copy
 import json
 import statistics
 import sys
 from pathlib import Path
 
-import torch
-from accuracy import ROOT, commit, machine
-from transformers import AutoTokenizer
+from accuracy import ROOT, commit, load_adapter, machine
 
 sys.path.insert(0, str(ROOT))
 
 import lora_utils
-
-
-def absmax(rows, bits):
-    """The common grid: symmetric around a level at zero, the outermost at the largest value."""
-    step = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / (2 ** (bits - 1) - 1)
-    return (rows / step).round() * step
-
-
-def half_steps(rows, bits):
-    return lora_utils.dequantize(*lora_utils.quantize(rows, bits))
-
-
-WAYS = {
-    "absmax": lambda A, B, bits: (absmax(A, bits), absmax(B.T, bits).T),
-    "half steps": lambda A, B, bits: (half_steps(A, bits), half_steps(B.T, bits).T),
-    "together": lora_utils.quantize_together,
-}
-
-
-@torch.no_grad()
-def rounded(model, way, bits):
-    """(a copy of the model with A and B rounded, the relative error of all updates together)."""
-    model, lost, size = copy.deepcopy(model), 0.0, 0.0
-    for layer in model.lora_layers().values():
-        exact = layer.delta_weight()
-        for matrix, values in zip(layer.low_rank(), WAYS[way](*layer.low_rank(), bits), strict=True):
-            matrix.copy_(values)
-        lost += (layer.delta_weight() - exact).square().sum().item()
-        size += exact.square().sum().item()
-    return model, (lost / size) ** 0.5
+from lora_lab.rounding import WAYS, round_adapter
+from lora_lab.sources import load_sst2
 
 
 def main():
@@ -59,16 +28,15 @@ def main():
     parser.add_argument("--data", default="auto")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "after_training.jsonl"))
     args = parser.parse_args()
-    validation = lora_utils.load_sst2(args.data)["validation"]
+    validation = load_sst2(args.data)["validation"]
     lines, at_commit = [], commit()
     for folder in sorted(Path(args.adapters).iterdir()):
-        model = lora_utils.LoRABertModel.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(lora_utils.find_model(model.model_name, announce=False).folder)
+        model, tokenizer = load_adapter(lora_utils.LoRABertModel, folder)
         loader = lora_utils.make_loader(validation, tokenizer, batch_size=64)
         unrounded = lora_utils.evaluate(model, loader).accuracy
         for bits in (8, 4, 3, 2):
             for way in WAYS:
-                copied, error = rounded(model, way, bits)
+                copied, error = round_adapter(model, way, bits)
                 result = lora_utils.evaluate(copied, loader)
                 about_machine = machine(next(model.model.bert.parameters()).dtype)
                 numbers = {"error": error, "accuracy": result.accuracy, "unrounded": unrounded, "n": result.n}

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 sys.path.insert(0, str(ROOT))
 
 import lora_utils
+from lora_lab.sources import load_sst2, packaged_checkpoint
 
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +85,7 @@ class Contender:
     """A model that was built in one `Way`: `step(batch)` trains it once, `predict(batch)` asks it for logits."""
 
     def __init__(self, way, folder, training=True):
-        self.way, self.native = way, lora_utils.native_arithmetic().dtype
+        self.way, self.native = way, lora_utils.detect_compute_format().dtype
         self.dtype = self.native if way.stored == "native" else torch.float32
         torch.manual_seed(0)
         with warnings.catch_warnings():
@@ -169,7 +170,7 @@ class Products(nn.Module):
 
     def __init__(self, folder):
         super().__init__()
-        bert = BertModel.from_pretrained(folder, dtype=lora_utils.native_arithmetic().dtype)
+        bert = BertModel.from_pretrained(folder, dtype=lora_utils.detect_compute_format().dtype)
         linear = [module for module in bert.encoder.modules() if isinstance(module, nn.Linear)]
         self.weights = [module.weight.data.to(DEVICE) for module in linear]
         widths = {weight.shape[1] for weight in self.weights}
@@ -187,13 +188,13 @@ class Products(nn.Module):
 # The sentences ------------------------------------------------------------------------------------
 
 
-def sentences(data, number=32 * lora_utils.LengthBatches.WINDOW, seed=0):
+def sentences(data, number=32 * lora_utils.LengthGroupedBatches.WINDOW, seed=0):
     """(lists of token ids, the name of the data): a draw from SST-2's training phrases, or from movie_phrases.
 
     movie_phrases' own phrases are all short: their words are cut into pieces as long as SST-2's phrases are.
     """
-    splits = lora_utils.load_sst2(data)
-    tokenizer = AutoTokenizer.from_pretrained(lora_utils.offline_model())
+    splits = load_sst2(data)
+    tokenizer = AutoTokenizer.from_pretrained(packaged_checkpoint())
     generator = torch.Generator().manual_seed(seed)
     name, phrases = splits["train"].info.dataset_name, splits["train"]["sentence"]
     if name == "SST-2":
@@ -242,7 +243,7 @@ def checkpoint(model, layers=12):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if model == "packaged":
-        yield lora_utils.offline_model(), "all-MiniLM-L6-v2, 6 layers"
+        yield packaged_checkpoint(), "all-MiniLM-L6-v2, 6 layers"
         return
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -292,7 +293,7 @@ def ratio(rates, over, under):
 
 def arithmetic():
     """What results are filed under: the set that the CPU is held to, or what the machine computes in."""
-    native, held = lora_utils.native_arithmetic(), os.environ.get("ONEDNN_MAX_CPU_ISA")
+    native, held = lora_utils.detect_compute_format(), os.environ.get("ONEDNN_MAX_CPU_ISA")
     if DEVICE.type == "cuda":
         return "CUDA"
     able = torch.cpu.get_capabilities()
@@ -320,7 +321,7 @@ def about():
     """The machine class, versions and commit that go with every result."""
     versions = {name: importlib.metadata.version(name) for name in ("peft", "bitsandbytes")}
     versions["cpu"] = torch.cpu.get_capabilities().get("cpu_name", "?")
-    machine_class = machine(lora_utils.native_arithmetic().dtype) | versions
+    machine_class = machine(lora_utils.detect_compute_format().dtype) | versions
     return {"arithmetic": arithmetic(), "machine": machine_class, "commit": commit()}
 
 

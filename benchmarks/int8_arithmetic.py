@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 
 import torch
-from accuracy import HELD_OUT, ROOT, commit, hold_out, machine
-from transformers import AutoTokenizer
+from accuracy import HELD_OUT, ROOT, commit, hold_out, load_adapter, machine
 
 sys.path.insert(0, str(ROOT))
 
 import lora_utils
+from lora_lab.sources import load_sst2
 
 
 def in_float64(x, y):
@@ -45,15 +45,14 @@ def main():
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "int8_arithmetic.jsonl"))
     args = parser.parse_args()
     torch._int_mm = in_float64
-    data, at_commit = lora_utils.load_sst2(args.data), commit()
+    data, at_commit = load_sst2(args.data), commit()
     sets = {
         "validation": data["validation"],
         "held-out training phrases": hold_out(data["train"], phrases=HELD_OUT)[1],
     }
     lines = []
     for folder in sorted(Path(args.adapters).iterdir()):
-        model = lora_utils.qLoRABertModel.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(lora_utils.find_model(model.model_name, announce=False).folder)
+        model, tokenizer = load_adapter(lora_utils.qLoRABertModel, folder, torch.float32)
         for where, split in sets.items():
             loader = lora_utils.make_loader(split, tokenizer, batch_size=64)
             plain, rounded = (evaluate(model, loader, arithmetic) for arithmetic in (False, True))

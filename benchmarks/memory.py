@@ -19,7 +19,7 @@ import torch
 from contenders import DEVICE, OLDER, RESULTS, Contender, Way, about, batches, checkpoint, padded, save, sentences
 from speed import TRAINING
 
-import lora_utils
+from lora_lab.ledger import memory_ledger
 
 LEFT_OUT = {"full fine-tuning, in our batches", "the frozen products alone"}
 LEFT_OUT |= {"PEFT, NF4 base, tuned", "PEFT, int8 base, tuned"}
@@ -49,7 +49,7 @@ def in_this_process(spec):
         result = {"peak": torch.cuda.max_memory_allocated()}
     if way.who == "ours":
         contender.model(**given[-1]).loss.backward()  # for the gradients
-        result["ledger"] = lora_utils.memory_ledger(contender.model, contender.optimizer, given[-1]).bytes()
+        result["ledger"] = memory_ledger(contender.model, contender.optimizer, given[-1]).total_bytes()
     print(json.dumps(result))
 
 

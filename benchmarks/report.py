@@ -3,22 +3,24 @@
     python benchmarks/report.py             write them
     python benchmarks/report.py --check     write nothing; name what would change, and end with 1 if anything would
 
-A table stands between `<!-- name -->` and `<!-- /name -->`; `TABLES` below has the names. `FIGURES` are copied out of
-the executed notebooks, so that README and notebook show the same.
+A table stands between `<!-- name -->` and `<!-- /name -->`. `TABLES` below has the names. The README's figure,
+whole.png, is drawn from the sweep.
 """
 
 import argparse
-import base64
+import hashlib
 import json
 import statistics
 import sys
 from pathlib import Path
 
-import after_training
+import matplotlib.pyplot as plt
 import nbformat
 import sweep
+from PIL import Image
 
-from lora_utils import mcnemar
+from lora_lab import compare, figures
+from lora_lab.rounding import WAYS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
@@ -173,10 +175,10 @@ def growth():
 def int8_runs():
     """{(what was done both ways, evaluated on): [(accuracy exact, with int8 arithmetic, other labels, sentences)]}."""
     found, trained = {}, {}
-    for line in sweep.read(RESULTS.parent / "int8_arithmetic.jsonl"):
+    for line in compare.read_runs(RESULTS.parent / "int8_arithmetic.jsonl"):
         run = (line["plain"], line["int8"], line["other_labels"], line["n"])
         found.setdefault(("evaluation alone", line["evaluated_on"]), []).append(run)
-    for line in sweep.read(RESULTS.parent / "int8_trained.jsonl"):
+    for line in compare.read_runs(RESULTS.parent / "int8_trained.jsonl"):
         trained.setdefault((line["evaluated_on"], line["seed"]), {})[line["int8_arithmetic"]] = line
     for (where, _), pair in trained.items():
         exact, rounded = pair[False], pair[True]
@@ -197,35 +199,20 @@ def int8_accuracy():
         rows.append([what, f"{sentences[0]:,} {where}", str(len(runs)), *cells])
     header = ["both ways", "evaluated on", "seeds", "exact, %", "int8 arithmetic, %"]
     header += ["difference, points (range)", "other label"]
-    line = sweep.read(RESULTS.parent / "int8_arithmetic.jsonl")[0]
+    line = compare.read_runs(RESULTS.parent / "int8_arithmetic.jsonl")[0]
     return f"{table(header, rows)}\n\n{line['model']}, {line['data']}."
 
 
-def chosen(**changed):
-    """The runs of the sweep with its default's settings but for these, one for each seed."""
-    return [line for line in sweep.read(RESULTS.parent / "sweep.jsonl") if line["settings"] == sweep.DEFAULT | changed]
-
-
-def accuracies(group, where="validation"):
-    return [100 * line["results"][where]["accuracy"] for line in group]
+def sweep_runs():
+    return compare.read_runs(RESULTS.parent / "sweep.jsonl")
 
 
 def mean_and_range(values):
     return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def head_only():
-    return chosen(**sweep.HEAD)
-
-
-def full_fine_tuning():
-    """The runs of full fine-tuning at the learning rate that was best on the held-out phrases."""
-    groups = [chosen(**varied) for varied in sweep.PARTS["full"]]
-    return max(groups, key=lambda group: statistics.fmean(accuracies(group, "held-out")))
-
-
-def sweep_made_on():
-    group = chosen()
+def sweep_made_on(runs):
+    group = compare.select(runs)
     first, machine = group[0], group[0]["machine"]
     words = f"{first['model']}, {first['data']}, one epoch of {first['trained_on']:,} phrases, {len(group)} seeds"
     where = f"one thread a run of a CPU with {machine['isa']}, {machine['frozen_dtype']}, torch {machine['torch']}"
@@ -233,51 +220,50 @@ def sweep_made_on():
 
 
 def accuracy_by_rank():
-    groups = {"head only": head_only()}
-    groups |= {f"LoRA, rank {varied['rank']}": chosen(**varied) for varied in sweep.PARTS["rank"] if varied["rank"]}
-    groups["full fine-tuning"] = full_fine_tuning()
+    runs = sweep_runs()
+    ranks = [varied["rank"] for varied in sweep.PARTS["rank"] if varied["rank"]]
+    groups = {"head only": compare.head_only(runs)}
+    groups |= {f"LoRA, rank {rank}": compare.select(runs, rank=rank) for rank in ranks}
+    groups["full fine-tuning"] = compare.full_fine_tuning(runs)
     rows = [
         [
             *(name, f"{group[0]['trained_parameters']:,}", f"{group[0]['settings']['learning_rate']:g}"),
-            *(mean_and_range(accuracies(group, where)) for where in ("validation", "held-out")),
+            *(mean_and_range(compare.accuracies(group, where)) for where in ("validation", "held-out")),
         ]
         for name, group in groups.items()
     ]
     header = ["trained", "parameters", "learning rate", "872 validation sentences", "2,000 held-out phrases"]
-    return f"{table(header, rows)}\n\n{sweep_made_on()}"
+    return f"{table(header, rows)}\n\n{sweep_made_on(runs)}"
 
 
 def accuracy_by_bits():
-    ways = dict(zip(after_training.WAYS, ("to the largest", "half steps", "A and B together"), strict=True))
-    plain, rows = chosen(), []
+    ways = dict(zip(WAYS, ("to the largest", "half steps", "A and B together"), strict=True))
+    runs, rows = sweep_runs(), []
+    plain = compare.select(runs)
     for bits in (8, 4, 3, 2):
         after = [mean_and_range([100 * x["rounded"][way][str(bits)]["accuracy"] for x in plain]) for way in ways]
-        through = chosen(method="qlora", bits=bits)
-        rows.append([str(bits), mean_and_range(accuracies(through)), *after])
-    rows.append(["not quantised", mean_and_range(accuracies(plain)), "", "", ""])
+        through = compare.select(runs, method="qlora", bits=bits)
+        rows.append([str(bits), mean_and_range(compare.accuracies(through)), *after])
+    rows.append(["not quantised", mean_and_range(compare.accuracies(plain)), "", "", ""])
     header = ["bits", "trained through", *(f"afterwards, {name}" for name in ways.values())]
-    return f"{table(header, rows)}\n\n{sweep_made_on()}"
+    return f"{table(header, rows)}\n\n{sweep_made_on(runs)}"
 
 
 def accuracy_by_bytes():
-    groups = {"head only": head_only(), "LoRA": (plain := chosen())}
-    groups |= {f"q-LoRA, {bits} bits": chosen(method="qlora", bits=bits) for bits in (8, 4, 3, 2)}
+    runs = sweep_runs()
+    groups = {"head only": compare.head_only(runs), "LoRA": (plain := compare.select(runs))}
+    groups |= {f"q-LoRA, {bits} bits": compare.select(runs, method="qlora", bits=bits) for bits in (8, 4, 3, 2)}
     for base_bits, name in ((8, "int8"), (4, "NF4")):
-        groups[f"q-LoRA, 4 bits, {name} base"] = chosen(method="qlora", bits=4, base_bits=base_bits)
-    groups["full fine-tuning"] = full_fine_tuning()
+        groups[f"q-LoRA, 4 bits, {name} base"] = compare.select(runs, method="qlora", bits=4, base_bits=base_bits)
+    groups["full fine-tuning"] = compare.full_fine_tuning(runs)
     head, rows = 4 * groups["head only"][0]["trained_parameters"], []
     for name, group in groups.items():
-        p = ", ".join(f"{against.p:.2g}" for against in compared(group, plain)) if group is not plain else ""
+        tests = compare.compare_seeds(group, plain) if group is not plain else []
+        p = ", ".join(f"{test.p:.2g}" for test in tests)
         sizes = f"{group[0]['bytes'] + head:,}", f"{group[0]['held'] / 1e6:.1f}"
-        rows.append([name, *sizes, mean_and_range(accuracies(group)), p])
+        rows.append([name, *sizes, mean_and_range(compare.accuracies(group)), p])
     header = ["method", "ships, bytes", "holds, MB", "872 validation sentences", "McNemar's p against LoRA, by seed"]
-    return f"{table(header, rows)}\n\n{sweep_made_on()}"
-
-
-def compared(group, other):
-    """McNemar's test between the runs of two settings, seed by seed."""
-    pairs = zip(*([line["results"]["validation"]["right"] for line in some] for some in (group, other)), strict=True)
-    return [mcnemar(one, two, "1" * len(one)) for one, two in pairs]
+    return f"{table(header, rows)}\n\n{sweep_made_on(runs)}"
 
 
 TABLES = {
@@ -307,13 +293,27 @@ def filled(text):
     return text
 
 
-FIGURES = {"whole.png": ("qLoRA_implementation.ipynb", "draw_whole()")}  # {file: (notebook, cell that draws it)}
+FIGURE = RESULTS.parent / "whole.png"
 
 
-def figure(notebook, source):
-    cells = nbformat.read(ROOT / notebook, as_version=4).cells
-    outputs = next(cell.outputs for cell in cells if cell.source == source)
-    return base64.b64decode(next(output.data["image/png"] for output in outputs if "data" in output))
+def sweep_digest():
+    return hashlib.sha256((RESULTS.parent / "sweep.jsonl").read_bytes()).hexdigest()
+
+
+def figure_is_stale():
+    """Say whether whole.png is missing, or was drawn from another sweep than the committed one."""
+    if not FIGURE.is_file():
+        return True
+    with Image.open(FIGURE) as image:
+        return image.text.get("Source") != sweep_digest()
+
+
+def draw_figure():
+    """Draw every method of the sweep, and note in the file which sweep it was drawn from."""
+    plt.switch_backend("agg")
+    figures.set_style()
+    figures.draw_whole(compare.read_runs(RESULTS.parent / "sweep.jsonl"))
+    plt.savefig(FIGURE, metadata={"Source": sweep_digest()})
 
 
 def main():
@@ -336,12 +336,10 @@ def main():
             stale.append(file.name)
             if not args.check:
                 file.write_text(new) if file.suffix == ".md" else nbformat.write(new, file)
-    for name, drawn in FIGURES.items():
-        file, new = RESULTS.parent / name, figure(*drawn)
-        if not file.is_file() or file.read_bytes() != new:
-            stale.append(name)
-            if not args.check:
-                file.write_bytes(new)
+    if figure_is_stale():
+        stale.append(FIGURE.name)
+        if not args.check:
+            draw_figure()
     for name in stale:
         print(f"{name}: {'not what the results say' if args.check else 'written'}")
     return args.check and bool(stale)

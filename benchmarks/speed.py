@@ -100,7 +100,7 @@ INFERENCE_RATIOS += [("q-LoRA, int8 base", "LoRA"), ("q-LoRA, int8 base", "torch
 
 def run(part, ways, ids, folder, args):
     """Sentences a second of every way, round by round."""
-    if lora_utils.native_arithmetic().dtype != torch.bfloat16:
+    if lora_utils.detect_compute_format().dtype != torch.bfloat16:
         ways = {name: way for name, way in ways.items() if "bfloat16" not in name}
     contenders = {}
     for name, way in ways.items():

@@ -27,15 +27,16 @@ from types import SimpleNamespace
 import torch
 import transformers
 from accuracy import HELD_OUT, ROOT, build_model, commit, hold_out, machine, train
-from after_training import WAYS, rounded
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 sys.path.insert(0, str(ROOT))
 
 import lora_utils
+from lora_lab.compare import DEFAULT, read_runs
+from lora_lab.ledger import memory_ledger
+from lora_lab.rounding import WAYS, round_adapter
+from lora_lab.sources import find_model, load_sst2
 
-DEFAULT = {"method": "lora", "rank": 8, "scaling": 2.0, "targets": ["query", "value"], "learning_rate": 2e-3}
-DEFAULT |= {"bits": None, "base_bits": None}
 HEAD = {"method": "head", "rank": 0, "learning_rate": 0.1}
 QUANTISED = {"method": "qlora", "bits": 4}
 # The default's learning rate is the best of its row in "scaling" on the held-out phrases.
@@ -59,7 +60,7 @@ PARTS = {
 @functools.cache
 def data_of(data):
     """(phrases to train on, what to evaluate on), by the argument of `load_sst2`."""
-    splits = lora_utils.load_sst2(data)
+    splits = load_sst2(data)
     few = min(HELD_OUT, len(splits["train"]) // 10)
     rest, held_out = hold_out(splits["train"], phrases=few)
     return rest, {"validation": splits["validation"], "held-out": held_out}
@@ -86,7 +87,7 @@ def run(settings, seed, model, data, phrases, threads):
     train_split, tests = data_of(data)
     train_split = train_split.shuffle(seed=seed)
     train_split = train_split.select(range(min(phrases, len(train_split))))
-    folder = lora_utils.find_model(model, announce=False).folder
+    folder = find_model(model, announce=False).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     loader = lora_utils.make_loader(train_split, tokenizer, batch_size=32, shuffle=True, seed=seed)
     loaders = {name: lora_utils.make_loader(split, tokenizer, batch_size=64) for name, split in tests.items()}
@@ -108,7 +109,7 @@ def run(settings, seed, model, data, phrases, threads):
     line |= {"machine": machine(next(getattr(trained, "model", trained).bert.parameters()).dtype)}
     line |= bytes_of(trained, settings["method"])
     if settings["method"] == "full":
-        line["update"] = low_rank_part(start, trained, loaders["validation"])
+        line["update"] = low_rank_part(start.to(trained.device), trained, loaders["validation"])
     if settings == DEFAULT:
         line["rounded"] = rounded_afterwards(trained, loaders["validation"])
     if settings in (DEFAULT | {"rank": 1}, DEFAULT | {"rank": 4}):
@@ -124,18 +125,18 @@ def bytes_of(model, method):
     if method == "qlora":
         model = copy.deepcopy(model)
         model.pack()
-    ledger = lora_utils.memory_ledger(model)
-    adapter = ledger.bytes("A and B", "scales of A and B")
+    ledger = memory_ledger(model)
+    adapter = ledger.total_bytes("A and B", "scales of A and B")
     if method == "head":
-        return {"bytes": 0, "held": ledger.bytes() - adapter}
-    return {"bytes": adapter, "held": ledger.bytes()}
+        return {"bytes": 0, "held": ledger.total_bytes() - adapter}
+    return {"bytes": adapter, "held": ledger.total_bytes()}
 
 
 def rounded_afterwards(model, loader):
     """{way: {bits: error, accuracy, labels}} of the trained A and B, rounded when the training is over."""
     ways = {}
     for way, bits in itertools.product(WAYS, (8, 4, 3, 2)):
-        copied, error = rounded(model, way, bits)
+        copied, error = round_adapter(model, way, bits)
         ways.setdefault(way, {})[bits] = {"error": round(error, 4)} | measured(copied, {"": loader})[""]
     return ways
 
@@ -184,7 +185,7 @@ def key_of(line):
 
 
 def read(file):
-    return [json.loads(line) for line in Path(file).read_text().splitlines()] if Path(file).is_file() else []
+    return read_runs(file) if Path(file).is_file() else []
 
 
 def summarise(lines):
@@ -215,7 +216,7 @@ def main():
     if args.summary:
         return summarise(read(args.out))
     rest, _ = data_of(args.data)
-    about = {"model": lora_utils.find_model(args.model).name, "data": rest.info.dataset_name}
+    about = {"model": find_model(args.model).name, "data": rest.info.dataset_name}
     about["trained_on"] = min(args.phrases, len(rest))
     done, wanted = set(map(key_of, read(args.out))), {}
     for part, seed in itertools.product(args.parts, args.seeds):

@@ -1,44 +1,43 @@
-"""A small BERT with random weights, and data of a few sentences: no test needs a network."""
+"""Provide a small BERT with random weights and data of a few sentences, so that no test needs a network."""
 
 import os
 import tempfile
 
-# before transformers is imported: no hub, and no local cache that somebody's own work has filled
+# Set before transformers is imported: use no hub, and no local cache that already holds models.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tests-")
 os.environ.pop("SST2_DIR", None)
 
 import json
-import sys
-import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
-import nbformat
 import pytest
 import torch
-from tqdm import tqdm
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, get_linear_schedule_with_warmup
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import lora_utils
+from lora_lab.sources import packaged_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-# What bitsandbytes, which only the tests install, says on CPUs with AVX512_BF16 as soon as anything imports it.
+# bitsandbytes, which only the tests install, prints this when it is imported on a CPU with AVX512_BF16.
 BITSANDBYTES_SAYS = "Failed to load CPU gemm_4bit_forward"
 THREADS = torch.get_num_threads()
-torch.set_num_threads(1)  # most models here are tiny: a second thread gains nothing, and waits on a crowded machine
+torch.set_num_threads(1)  # most models here are tiny, so a second thread gains nothing
 
 
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch):
-    """No int8 arithmetic, whatever the machine has: the tests that are about it ask for it."""
-    native = lora_utils.native_arithmetic()
-    monkeypatch.setattr(lora_utils, "native_arithmetic", lambda: native._replace(int8=False))
+    """Turn int8 arithmetic off on every machine. The tests of int8 arithmetic turn it on."""
+    native = lora_utils.detect_compute_format()
+    monkeypatch.setattr(lora_utils, "detect_compute_format", lambda: native._replace(int8=False))
 
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    """The folder of a BERT of 2 layers, width 64, with weights large enough for every path to show in the logits."""
+    """Return the folder of a BERT of 2 layers and width 64.
+
+    Its weights are so large that every path shows in the logits.
+    """
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     config = BertConfig(
@@ -54,12 +53,13 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(lora_utils.offline_model())
+    """Return the tokenizer of the packaged BERT."""
+    return AutoTokenizer.from_pretrained(packaged_checkpoint())
 
 
 @pytest.fixture
 def batch():
-    """Three sentences of unlike length, padded, with labels."""
+    """Return three padded sentences of different lengths, with labels."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1000, 30000, (3, 9), generator=generator)
     mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 7 + [0] * 2])
@@ -68,7 +68,7 @@ def batch():
 
 @pytest.fixture
 def data_folder(tmp_path):
-    """A function that writes a data folder: rows by split, as JSON lines."""
+    """Return a function that writes a data folder: the rows of each split, as JSON lines."""
 
     def write(name="reviews", **splits):
         folder = tmp_path / name
@@ -81,24 +81,9 @@ def data_folder(tmp_path):
 
 
 def randomise(model, seed=0):
-    """Give A, B and the head random values, so that an update is there to be seen."""
+    """Give A, B and the head random values, so that the update shows in the logits."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1 if "lora" in name else 0.5)
     return model
-
-
-def loop_of(notebook, **names):
-    """What a notebook's cells define for training, `new_run` and `train`, to be run with a test's data and knobs."""
-    cells = [cell.source for cell in nbformat.read(ROOT / notebook, as_version=4).cells if cell.cell_type == "code"]
-    space = {
-        **{"torch": torch, "sys": sys, "zlib": zlib, "Path": Path, "tqdm": tqdm, "SimpleNamespace": SimpleNamespace},
-        **{"get_linear_schedule_with_warmup": get_linear_schedule_with_warmup, "my_rows": lora_utils.my_rows},
-        **{"load_run": lora_utils.load_run, "save_run": lora_utils.save_run, "DATA": "phrases", "SEED": 0},
-        **{"EPOCHS": 2, "CHECKPOINT_EVERY": 3, "BATCH_SIZE": 8, "device": torch.device("cpu"), **names},
-    }
-    for source in cells:
-        if source.startswith(("def new_run(", "def training_step(", "def train(")):
-            exec(source, space)
-    return SimpleNamespace(**space)

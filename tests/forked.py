@@ -1,16 +1,16 @@
-"""Processes forked from a server that has imported the libraries: that takes longer than most of what they do.
+"""Start a process from a fork server that has already imported the libraries, because importing takes long.
 
-The server has computed nothing, so no thread of PyTorch's is lost in a fork. Of this project it has imported nothing.
+The server has computed nothing, so a fork cannot lose a thread of PyTorch.
+It has imported nothing of this project.
 """
 
 import multiprocessing
 
-# without hypothesis, which keeps what it finds in the folder that it is imported in
-LIBRARIES = ["accelerate", "bitsandbytes", "datasets", "nbformat", "peft", "pytest", "torch", "transformers"]
+LIBRARIES = ["accelerate", "datasets", "pytest", "torch", "transformers"]
 
 
 def fork(target, *arguments):
-    """A process that has begun to run target(*arguments)."""
+    """Start a process that runs target(*arguments), and return it."""
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(LIBRARIES)
     process = forkserver.Process(target=target, args=arguments)

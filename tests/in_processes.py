@@ -1,46 +1,69 @@
-"""What tests/test_running.py runs in two processes with torchrun: python in_processes.py model-folder output-folder."""
+"""Train in two processes for tests/test_running.py: torchrun in_processes.py model-folder output-folder."""
 
-import gc
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
-from conftest import loop_of
 from transformers import AutoTokenizer
 
-import lora_utils
-from lora_utils import LoRABertModel, evaluate, load_sst2, make_loader, offline_model, qLoRABertModel
+from lora_lab import training
+from lora_lab.sources import MOVIE_PHRASES, load_sst2, packaged_checkpoint
+from lora_utils import LoRABertModel, make_loader, qLoRABertModel
 
 MODELS = {"LoRA": LoRABertModel, "q-LoRA": qLoRABertModel}
 
 
-def a_run(loop, bert, name, seed=0, dropout=0.0):
+def new_run(bert, loader, accelerator, name="LoRA", seed=0, dropout=0.0, **options):
+    """Prepare a run of two epochs with a checkpoint every 3 steps. The seed is that of the weights."""
     torch.manual_seed(seed)
     model = MODELS[name](str(bert), dtype=torch.float32, dropout=dropout)
-    return loop.new_run(name, model, 1e-3)
+    options = {"epochs": 2, "checkpoint_every": 3, **options}
+    return training.new_run(name, model, loader, accelerator, 1e-3, **options)
 
 
-def train_and_evaluate(bert, accelerator, notebook="LoRA_implementation.ipynb"):
-    """Losses and evaluations of both models: 41 sentences in batches of 8, so that the last batch holds one."""
-    tokenizer = AutoTokenizer.from_pretrained(offline_model())
-    data = load_sst2(str(lora_utils.MOVIE_PHRASES))
-    loader = make_loader(data["train"].select(range(41)), tokenizer, batch_size=8, shuffle=True)
-    validation = make_loader(data["validation"].select(range(37)), tokenizer, batch_size=8)
-    loop = loop_of(notebook, accelerator=accelerator, train_loader=loader, print=accelerator.print)
-    found = {}
+def load_training_sentences(number):
+    """Return a shuffled loader of so many training sentences in batches of 8."""
+    tokenizer = AutoTokenizer.from_pretrained(packaged_checkpoint())
+    data = load_sst2(str(MOVIE_PHRASES), announce=False)
+    return make_loader(data["train"].select(range(number)), tokenizer, batch_size=8, shuffle=True)
+
+
+def load_validation_sentences(number):
+    """Return a loader of so many validation sentences in batches of 8."""
+    tokenizer = AutoTokenizer.from_pretrained(packaged_checkpoint())
+    data = load_sst2(str(MOVIE_PHRASES), announce=False)
+    return make_loader(data["validation"].select(range(number)), tokenizer, batch_size=8)
+
+
+def train_and_evaluate(bert, accelerator):
+    """Return losses, trained values and evaluations of both models. The last batch holds one sentence of 41."""
+    loader = load_training_sentences(41)
+    results = {}
     for name in MODELS:
-        run = a_run(loop, bert, name)
-        loop.train(run)
-        trained = {n: p.detach().flatten().tolist() for n, p in run.model.named_parameters() if p.requires_grad}
-        found[name] = {"losses": run.losses, "evaluation": list(evaluate(run.model, validation)), "trained": trained}
-    return found, loop, run
+        run = new_run(bert, loader, accelerator, name)
+        training.train(run)
+        trained = {n: p.detach() for n, p in run.model.named_parameters() if p.requires_grad}
+        results[name] = {
+            "losses": run.losses,
+            "trained": {n: values.flatten().tolist() for n, values in trained.items()},
+            "evaluation": training.evaluate_together(run.model, load_validation_sentences(37), accelerator),
+            "one batch": training.evaluate_together(run.model, load_validation_sentences(5), accelerator),
+            "in training": run.model.training,
+        }
+    torch.manual_seed(4)  # these weights give both labels
+    model = LoRABertModel(str(bert), dtype=torch.float32)
+    before = torch.get_rng_state()
+    results["untrained"] = training.evaluate_together(model, load_validation_sentences(37), accelerator)
+    results["random state kept"] = torch.equal(torch.get_rng_state(), before)
+    return results
 
 
 def interrupt(run, at):
-    """Interrupt a run's forward pass number `at`; call what comes back to stop that."""
+    """Interrupt the run in forward pass number `at`. Call what this returns to stop that."""
     calls = []
 
     def forward(model, arguments):
@@ -51,26 +74,25 @@ def interrupt(run, at):
     return run.model.register_forward_pre_hook(forward).remove
 
 
-def killed_and_resumed(loop, bert):
-    """Losses of a run in one go, and of one that was given up and taken up again, each process with its own dropout."""
-    whole = a_run(loop, bert, "LoRA", dropout=0.3)
-    loop.train(whole)
-    given_up = a_run(loop, bert, "LoRA", dropout=0.3)
-    interrupt(given_up, at=8)
-    loop.train(given_up)
-    resumed = a_run(loop, bert, "LoRA", seed=99, dropout=0.3)  # what another seed gave it is replaced
-    loop.train(resumed)
-    return whole.losses, resumed.losses
+def stop_and_resume(bert, accelerator):
+    """Return the losses of a run in one go and of one that was resumed. Each process draws its own dropout."""
+    loader = load_training_sentences(41)
+    whole = new_run(bert, loader, accelerator, dropout=0.3)
+    training.train(whole)
+    stopped = new_run(bert, loader, accelerator, dropout=0.3)
+    interrupt(stopped, at=8)
+    training.train(stopped)
+    # The checkpoint replaces what seed 99 drew.
+    resumed = new_run(bert, loader, accelerator, seed=99, dropout=0.3)
+    training.train(resumed)
+    random_state = torch.rand(1).item()
+    return {"whole": whole.losses, "resumed": resumed.losses, "random": random_state}
 
 
-def default_shards(accelerator):
-    """What Accelerate's own shards of 5 things in batches of 2 hold, all processes together."""
-    loader = accelerator.prepare(torch.utils.data.DataLoader(range(5), batch_size=2))
-    return gather_object([int(thing) for batch in loader for thing in batch])
-
-
-def steps_of_a_prepared_schedule(accelerator):
-    """How often a schedule steps that is prepared, in a training of 6 steps."""
+def count_schedule_steps(bert, accelerator):
+    """Return how often our schedule steps in a training of 12 steps, and a prepared one in one of 6."""
+    run = new_run(bert, load_training_sentences(41), accelerator, checkpoint_every=None)
+    training.train(run)
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([weight])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -79,26 +101,51 @@ def steps_of_a_prepared_schedule(accelerator):
         weight.grad = torch.zeros(1)
         optimizer.step()
         prepared.step()
-    return schedule.last_epoch
+    return [run.schedule.last_epoch, schedule.last_epoch]
 
 
-def main(bert, out):
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    written, write_whole = [], lora_utils.write_whole
-    lora_utils.write_whole = lambda contents: written.extend(contents) or write_whole(contents)
-    found, loop, run = train_and_evaluate(bert, accelerator)
-    found["whole"], found["resumed"] = killed_and_resumed(loop, bert)
-    found["random"] = torch.rand(1).item()
-    found |= {"written": len(written), "shards": default_shards(accelerator), "processes": accelerator.num_processes}
-    found["schedules"] = run.schedule.last_epoch, steps_of_a_prepared_schedule(accelerator)
-    Path(out, f"{accelerator.process_index}.json").write_text(json.dumps(found))
-    # What PyTorch wraps models in must not be the last to hold the group of processes: it would end it while it holds
-    # Python's lock, which the group's own thread may be waiting for, and neither would ever end.
-    del loop, run
-    accelerator.free_memory()
-    gc.collect()
-    accelerator.end_training()
+def default_shards(accelerator):
+    """Return what all processes together get of 5 items in batches of 2, in Accelerate's own shards."""
+    loader = accelerator.prepare(torch.utils.data.DataLoader(range(5), batch_size=2))
+    return gather_object([int(item) for batch in loader for item in batch])
+
+
+def refuse_another_number_of_processes(bert, accelerator, out):
+    """Return the message for a checkpoint of one process, and whether the run stayed as it was."""
+    run = new_run(bert, load_training_sentences(41), accelerator)
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    file = Path(out, "another.pt")
+    training.save_checkpoint(file, run)
+    if accelerator.is_main_process:
+        checkpoint = torch.load(file, weights_only=True)
+        checkpoint["required"]["processes"] = "1"
+        torch.save(checkpoint, file)
+    accelerator.wait_for_everyone()
+    try:
+        training.load_checkpoint(file, run)
+    except ValueError as error:
+        return str(error), all(map(torch.equal, before, run.model.parameters()))
+
+
+def main(bert, out, accelerator):
+    written = []
+    replace = os.replace
+    os.replace = lambda *files: written.append(files) or replace(*files)
+    results = train_and_evaluate(bert, accelerator)
+    results |= stop_and_resume(bert, accelerator)
+    results["written"] = len(written)
+    results["processes"] = accelerator.num_processes
+    results["schedules"] = count_schedule_steps(bert, accelerator)
+    results["shards"] = default_shards(accelerator)
+    results["refused"] = refuse_another_number_of_processes(bert, accelerator, out)
+    Path(out, f"{accelerator.process_index}.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    handler = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[handler])
+    main(*sys.argv[1:], accelerator)
+    # The wrapped models must be freed before the group of processes ends. If they were the last to hold it, they
+    # would end it while they hold Python's lock. A thread of the group may wait for that lock, and neither would end.
+    accelerator.free_memory()
+    accelerator.end_training()

@@ -1,3 +1,5 @@
+"""Check the data: where it comes from, its batches, what is measured on it, and the phrases of this project."""
+
 import json
 import re
 from collections import Counter
@@ -12,8 +14,9 @@ from scipy.stats import binomtest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-import lora_utils
-from lora_utils import LengthBatches, LoRABertModel, evaluate, load_sst2, make_loader, mcnemar, wilson_interval
+from lora_lab.compare import McNemarResult, mcnemar
+from lora_lab.sources import MOVIE_PHRASES, load_sst2
+from lora_utils import Evaluation, LengthGroupedBatches, LoRABertModel, evaluate, make_loader, wilson_interval
 
 ROWS = [{"sentence": f"sentence {'very ' * i}long", "label": i % 2, "idx": i} for i in range(7)]
 
@@ -91,7 +94,7 @@ def test_a_folder_that_does_not_hold_the_data_is_refused(data_folder, splits, me
     st.integers(0, 3),
 )
 def test_an_epoch_holds_every_sentence_once(lengths, batch_size, shuffle, seed, epoch):
-    batches = LengthBatches(lengths, batch_size, shuffle, seed)
+    batches = LengthGroupedBatches(lengths, batch_size, shuffle, seed)
     batches.set_epoch(epoch)
     order = list(batches)
     assert sorted(i for batch in order for i in batch) == list(range(len(lengths)))
@@ -104,7 +107,7 @@ def test_batches_reproduce_under_a_seed_and_change_with_seed_and_epoch():
     lengths = torch.randint(3, 50, (500,)).tolist()
 
     def order(seed, epoch):
-        batches = LengthBatches(lengths, 8, shuffle=True, seed=seed)
+        batches = LengthGroupedBatches(lengths, 8, shuffle=True, seed=seed)
         batches.set_epoch(epoch)
         return list(batches)
 
@@ -112,16 +115,16 @@ def test_batches_reproduce_under_a_seed_and_change_with_seed_and_epoch():
     assert len({str(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
-def test_batches_hold_sentences_of_like_length():
+def test_batches_hold_sentences_of_similar_length():
     lengths = torch.randint(3, 50, (3000,))
-    grouped = sum(int(lengths[batch].max()) * len(batch) for batch in LengthBatches(lengths, 16, shuffle=True))
+    grouped = sum(int(lengths[batch].max()) * len(batch) for batch in LengthGroupedBatches(lengths, 16, shuffle=True))
     at_random = sum(int(batch.max()) * len(batch) for batch in lengths.split(16))
     assert grouped < 1.1 * lengths.sum() < 0.8 * at_random
 
 
 def test_short_and_long_batches_are_mixed():
     lengths = torch.arange(3200) % 50
-    longest = torch.tensor([int(lengths[b].max()) for b in LengthBatches(lengths, 16, shuffle=True)]).float()
+    longest = torch.tensor([int(lengths[b].max()) for b in LengthGroupedBatches(lengths, 16, shuffle=True)]).float()
     halves = longest.split(len(longest) // 2)
     assert abs(halves[0].mean() - halves[1].mean()) < 8
 
@@ -151,15 +154,16 @@ def test_evaluate_counts_every_sentence_and_keeps_the_order_of_the_data(bert, to
     split = load_sst2("auto")["validation"].select(range(41))
     loader = make_loader(split, tokenizer, batch_size=4)
 
-    def alone(i):
+    def one_sentence(i):
         return model(**tokenizer(split["sentence"][i], return_tensors="pt"), labels=torch.tensor([split[i]["label"]]))
 
     with torch.no_grad():  # let half of the labels be 0 and half 1, so that their order shows
-        margins = torch.stack([alone(i).logits[0, 1] - alone(i).logits[0, 0] for i in range(41)])
+        logits = torch.cat([one_sentence(i).logits for i in range(41)])
+        margins = logits[:, 1] - logits[:, 0]
         model.model.classifier.bias[0] += margins.median() + 1e-4
-        expected = [alone(i) for i in range(41)]
+        expected = [one_sentence(i) for i in range(41)]
     result = evaluate(model.train(), loader)
-    assert model.training and result.n == 41
+    assert isinstance(result, Evaluation) and model.training and result.n == 41
     labels = [output.logits.argmax().item() for output in expected]
     assert result.predictions == labels and sum(labels) == 20
     assert labels != [labels[i] for batch in loader.batch_sampler for i in batch]
@@ -193,19 +197,22 @@ def test_an_interval_of_nothing_is_refused():
             wilson_interval(right, n)
 
 
-def test_mcnemars_test_is_the_binomial_test_on_the_sentences_that_one_alone_has_right():
+def test_mcnemars_test_is_the_binomial_test_on_the_sentences_that_only_one_has_right():
     labels = [0, 1] * 50
-    for first_alone, second_alone in ((0, 0), (1, 0), (5, 5), (3, 14), (20, 6)):
-        first, second = list(labels), list(labels)
-        for i in range(second_alone):
+    for first_only, second_only in ((0, 0), (1, 0), (5, 5), (3, 14), (20, 6)):
+        first = list(labels)
+        second = list(labels)
+        for i in range(second_only):
             first[i] = 1 - first[i]
-        for i in range(second_alone, second_alone + first_alone):
+        for i in range(second_only, second_only + first_only):
             second[i] = 1 - second[i]
-        first[-1], second[-1] = 1 - labels[-1], 1 - labels[-1]  # both wrong: it says nothing
-        n = first_alone + second_alone
-        expected = binomtest(first_alone, n).pvalue if n else 1.0
+        first[-1] = 1 - labels[-1]
+        second[-1] = 1 - labels[-1]  # both wrong: it says nothing
+        n = first_only + second_only
+        expected = binomtest(first_only, n).pvalue if n else 1.0
         compared = mcnemar(first, second, labels)
-        assert compared[:2] == (first_alone, second_alone) and compared.p == pytest.approx(expected)
+        assert isinstance(compared, McNemarResult) and compared.p == pytest.approx(expected)
+        assert (compared.first_only, compared.second_only) == (first_only, second_only) == compared[:2]
         assert ("no difference can be seen" in str(compared)) == (expected >= 0.05)
 
 
@@ -218,7 +225,7 @@ def test_predictions_of_different_sentences_are_not_compared():
 
 
 def phrases(split):
-    with open(lora_utils.MOVIE_PHRASES / f"{split}.jsonl") as file:
+    with open(MOVIE_PHRASES / f"{split}.jsonl") as file:
         return [json.loads(line) for line in file]
 
 
@@ -256,7 +263,8 @@ def test_the_sentiment_words_of_validation_phrases_are_not_in_the_training_ones(
 
 @pytest.mark.parametrize("ngrams", [(1, 1), (1, 2)])
 def test_a_bag_of_words_does_not_solve_movie_phrases(ngrams):
-    train, validation = phrases("train"), phrases("validation")
+    train = phrases("train")
+    validation = phrases("validation")
     vectors = CountVectorizer(ngram_range=ngrams)
     model = LogisticRegression(max_iter=2000)
     model.fit(vectors.fit_transform(row["sentence"] for row in train), [row["label"] for row in train])

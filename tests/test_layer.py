@@ -1,6 +1,9 @@
+"""Check `LoRALayer` on its own: its equation, its gradients, and its merged state."""
+
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from lora_utils import LoRALayer
 
 
 def layer_of(inputs=48, outputs=32, dtype=torch.float32, **options):
-    """A layer whose B is not zero, so that its update shows."""
+    """Return a layer whose B is not zero, so that its update shows."""
     torch.manual_seed(0)
     layer = LoRALayer(nn.Linear(inputs, outputs, dtype=dtype), **{"rank": 4, **options})
     nn.init.normal_(layer.lora_B, std=0.3)
@@ -70,7 +73,8 @@ def test_in_the_first_step_only_b_has_a_gradient():
 
 
 def test_dropout_touches_the_update_only_and_in_training_only():
-    layer, x = layer_of(dropout=0.5), torch.randn(200, 48)
+    layer = layer_of(dropout=0.5)
+    x = torch.randn(200, 48)
     update = layer.train()(x) - layer.base(x)
     kept = layer.eval()(x) - layer.base(x)
     assert not torch.allclose(update, kept, atol=1e-3)
@@ -80,51 +84,122 @@ def test_dropout_touches_the_update_only_and_in_training_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerge_restores_the_weight_to_the_bit(dtype):
+def test_merging_leaves_the_base_as_it_is_to_the_bit(dtype):
     layer = layer_of(dtype=dtype)
-    old = layer.base.weight.clone()
+    x = torch.randn(7, 48, dtype=dtype)
+    old_weight = layer.base.weight.clone()
+    adapted = layer(x)
+    of_the_base = layer.base(x)
     layer.merge()
-    assert layer.merged and not torch.equal(layer.base.weight, old)
+    assert layer.merged and torch.equal(layer.base.weight, old_weight)
+    assert torch.equal(layer.base(x), of_the_base) and not torch.equal(layer(x), of_the_base)
     layer.unmerge()
-    assert not layer.merged and torch.equal(layer.base.weight, old)
+    assert not layer.merged and layer.merged_weight is None
+    assert torch.equal(layer.base.weight, old_weight) and torch.equal(layer(x), adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_merged_weight_is_the_sum_in_float32_in_the_dtype_of_the_base(dtype):
+    layer = layer_of(dtype=dtype)
+    assert layer.merged_weight is None
+    layer.merge()
+    expected = (layer.base.weight.float() + layer.delta_weight()).to(dtype)
+    assert layer.merged_weight.dtype == dtype and torch.equal(layer.merged_weight, expected)
+    assert not layer.merged_weight.requires_grad
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_a_merged_layer_computes_what_it_computed_before(dtype, tolerance):
-    layer, x = layer_of(dtype=dtype), torch.randn(7, 48, dtype=dtype)
+    layer = layer_of(dtype=dtype)
+    x = torch.randn(7, 48, dtype=dtype)
     before = layer(x)
     layer.merge()
     torch.testing.assert_close(layer(x), before, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(layer.base(x), before, rtol=tolerance, atol=tolerance)
+    merged_linear = torch.nn.functional.linear(x, layer.merged_weight, layer.base.bias)
+    torch.testing.assert_close(layer(x), merged_linear, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_merged_layer_passes_the_gradient_of_its_input_and_gives_a_and_b_none(bias):
+    torch.manual_seed(0)
+    layer = LoRALayer(nn.Linear(48, 32, bias=bias), rank=4)
+    nn.init.normal_(layer.lora_B, std=0.3)
+    x = torch.randn(7, 48, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    layer.merge()
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-4)
+    assert layer.lora_A.grad is None and layer.lora_B.grad is None and layer.base.weight.grad is None
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_a_merge_between_forward_and_backward_does_not_change_the_gradients(in_training):
+    layer = layer_of(dropout=0.5).train(in_training)
+    x = torch.randn(7, 48, requires_grad=True)
+
+    def gradients(merge):
+        torch.manual_seed(1)  # of the dropout
+        loss = layer(x).square().sum()
+        if merge:
+            layer.merge()
+        found = torch.autograd.grad(loss, (x, layer.lora_A, layer.lora_B))
+        layer.unmerge()
+        return found
+
+    for found, expected in zip(gradients(merge=True), gradients(merge=False), strict=True):
+        assert expected.norm() > 0 and torch.equal(found, expected)
+
+
+def test_a_new_a_or_b_takes_effect_at_the_next_merge():
+    layer = layer_of()
+    x = torch.randn(7, 48)
+    layer.merge()
+    once = layer(x)
+    nn.init.normal_(layer.lora_B, std=0.3)
+    layer.merge()
+    assert torch.equal(layer(x), once)  # merging twice changes nothing
+    layer.unmerge()
+    expected = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, once, atol=1e-3)
 
 
 def test_merging_twice_and_unmerging_what_is_not_merged_is_harmless():
     layer = layer_of()
-    old = layer.base.weight.clone()
+    x = torch.randn(7, 48)
+    before = layer(x)
     layer.unmerge()
-    assert torch.equal(layer.base.weight, old)
+    assert torch.equal(layer(x), before)
     layer.merge()
-    once = layer.base.weight.clone()
+    once = layer.merged_weight.clone()
     layer.merge()
-    assert torch.equal(layer.base.weight, once)
+    assert torch.equal(layer.merged_weight, once)
     layer.unmerge()
     layer.unmerge()
-    assert torch.equal(layer.base.weight, old)
+    assert not layer.merged and torch.equal(layer(x), before)
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_state_dict_deepcopy_to_and_saving_work_in_either_state(merged):
-    layer, x = layer_of(), torch.randn(7, 48)
-    reference, state = layer(x).detach(), {k: v.clone() for k, v in layer.state_dict().items()}
+    layer = layer_of()
+    x = torch.randn(7, 48)
+    reference = layer(x).detach()
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
     if merged:
         layer.merge()
     assert set(layer.state_dict()) == set(state) == {"lora_A", "lora_B", "base.weight", "base.bias"}
     assert all(torch.equal(layer.state_dict()[name], state[name]) for name in state)
 
-    copied = copy.deepcopy(layer)
-    copied.unmerge()
-    assert copied is not layer and layer.merged == merged
-    assert torch.equal(copied.base.weight, state["base.weight"])
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied is not layer and copied.merged == merged
+        assert torch.equal(copied(x), layer(x))
+        copied.unmerge()
+        assert not copied.merged and layer.merged == merged
+        assert torch.equal(copied.base.weight, state["base.weight"])
+        torch.testing.assert_close(copied(x), reference)
+        nn.init.zeros_(copied.lora_B)  # the copy shares nothing with the layer
+        assert torch.equal(layer.lora_B, state["lora_B"])
 
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
@@ -133,15 +208,37 @@ def test_state_dict_deepcopy_to_and_saving_work_in_either_state(merged):
     other.load_state_dict(torch.load(file))
     torch.testing.assert_close(other(x), reference)
     layer.load_state_dict(other.state_dict())
+    assert not layer.merged
     torch.testing.assert_close(layer(x), reference)
 
-    double = copy.deepcopy(layer).double()
-    torch.testing.assert_close(double(x.double()).float(), reference)
     if merged:
         layer.merge()
+    double = copy.deepcopy(layer).double()
+    torch.testing.assert_close(double(x.double()).float(), reference)
+    assert double.merged == merged
     layer.to(torch.float64).unmerge()
-    torch.testing.assert_close(layer.base.weight.float(), state["base.weight"])
-    assert torch.equal(layer.train().eval().base.weight, layer.base.weight)
+    assert torch.equal(layer.base.weight.float(), state["base.weight"])
+    torch.testing.assert_close(layer(x.double()).float(), reference)
+
+
+def test_train_and_eval_leave_a_layer_merged_and_its_weights_as_they_are():
+    layer = layer_of()
+    state = copy.deepcopy(layer.state_dict())
+    layer.merge()
+    merged_weight = layer.merged_weight.clone()
+    layer.train().eval()
+    assert layer.merged and torch.equal(layer.merged_weight, merged_weight)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_loading_a_state_dict_into_a_merged_layer_gives_the_loaded_update():
+    layer = layer_of()
+    x = torch.randn(7, 48)
+    other = copy.deepcopy(layer)
+    nn.init.normal_(other.lora_B, std=0.3)
+    layer.merge()
+    layer.load_state_dict(other.state_dict())
+    assert not layer.merged and torch.equal(layer(x), other(x))
 
 
 def test_its_repr_tells_rank_alpha_and_whether_it_is_merged():
@@ -152,7 +249,8 @@ def test_its_repr_tells_rank_alpha_and_whether_it_is_merged():
 
 
 def test_under_autocast_the_update_is_computed_in_the_autocast_dtype():
-    layer, x = layer_of(), torch.randn(7, 48)
+    layer = layer_of()
+    x = torch.randn(7, 48)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
         torch.testing.assert_close(layer(x).float(), layer(x.bfloat16()).float())
@@ -172,7 +270,7 @@ def test_a_wrong_argument_is_refused_by_name_and_value(wrong):
 
 
 class Derived(nn.Linear):
-    """Such as bitsandbytes' layers, whose weight is not what they multiply by."""
+    """Stand for layers such as bitsandbytes', whose weight is not what they multiply by."""
 
 
 @pytest.mark.parametrize("base", [None, nn.Embedding(3, 4), LoRALayer(nn.Linear(8, 8)), Derived(8, 8)])

@@ -1,3 +1,5 @@
+"""Check `LoRABertModel`: what is trained, what is computed, how it merges, and which arguments it refuses."""
+
 import copy
 import json
 import math
@@ -8,7 +10,7 @@ from conftest import randomise
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lora_utils import LoRABertModel, LoRALayer, native_arithmetic
+from lora_utils import LoRABertModel, detect_compute_format, match_targets, qLoRABertModel
 
 TARGETS = [("query", "value"), ["dense"], "all-linear", r".*\.1\.attention\.self\.(query|key)"]
 
@@ -18,7 +20,7 @@ def float32(bert, **options):
 
 
 def a_few_steps(model, batch, steps=3, learning_rate=1e-2):
-    """Train on one batch; returns the losses."""
+    """Train on one batch and return the losses."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     losses = []
     model.train()
@@ -77,8 +79,8 @@ def test_forward_returns_transformers_output_with_the_mean_cross_entropy(bert, b
 
 def test_padding_does_not_change_the_logits(bert, batch):
     model = randomise(float32(bert)).eval()
-    alone = model(batch["input_ids"][1:2, :4]).logits
-    torch.testing.assert_close(model(**batch).logits[1:2], alone, atol=1e-5, rtol=1e-5)
+    without_padding = model(batch["input_ids"][1:2, :4]).logits
+    torch.testing.assert_close(model(**batch).logits[1:2], without_padding, atol=1e-5, rtol=1e-5)
 
 
 def test_three_steps_move_a_b_and_the_head_and_not_one_bit_of_anything_else(bert, batch):
@@ -106,7 +108,7 @@ def test_the_backbones_dropout_is_off_and_loras_is_the_argument(bert, batch):
 
 
 def test_frozen_weights_are_stored_in_the_machines_dtype_or_the_one_asked_for(bert):
-    for asked, stored in ((None, native_arithmetic().dtype), (torch.bfloat16, torch.bfloat16)):
+    for asked, stored in ((None, detect_compute_format().dtype), (torch.bfloat16, torch.bfloat16)):
         model = LoRABertModel(str(bert), dtype=asked)
         assert {p.dtype for p in model.parameters() if not p.requires_grad} == {stored}
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -125,8 +127,8 @@ LAPTOP = {"avx2": True, "avx_vnni": True}
         (SERVER, "AVX512", "avx512_core_vnni", torch.float32, True),
         (SERVER, "AVX512", "AVX512_CORE", torch.float32, False),
         (SERVER, "AVX2", "AVX2", torch.float32, False),
-        (SERVER, "AVX2", "", torch.float32, True),  # PyTorch alone held back, and not oneDNN
-        (SERVER, "AVX2", "AVX2_VNNI", torch.float32, False),  # which this one does not have
+        (SERVER, "AVX2", "", torch.float32, True),  # only PyTorch is capped, not oneDNN
+        (SERVER, "AVX2", "AVX2_VNNI", torch.float32, False),  # which this CPU does not have
         (SERVER | {"avx_vnni": True}, "AVX2", "AVX2_VNNI", torch.float32, True),
         (SERVER | {"avx512_bf16": False}, "AVX512", "", torch.float32, True),
         (LAPTOP, "AVX2", "", torch.float32, True),
@@ -141,18 +143,21 @@ def test_the_machine_decides_on_bf16_and_on_int8_arithmetic(monkeypatch, able, a
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: aten)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held_to)
-    assert native_arithmetic() == (dtype, "eager", int8)
+    found = detect_compute_format()
+    assert found == (dtype, "eager", int8) and found._fields == ("dtype", "attention", "int8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_was_trained_merges_and_unmerges(bert, batch, dtype):
     model = LoRABertModel(str(bert), dtype=dtype, target_modules="all-linear")
     a_few_steps(model, batch)
-    before, state = model(**batch).logits, copy.deepcopy(model.state_dict())
+    before = model(**batch).logits
+    state = copy.deepcopy(model.state_dict())
     for layer in model.lora_layers().values():
         layer.merge()
     tolerance = 1e-5 if dtype is torch.float32 else 5e-2
     torch.testing.assert_close(model(**batch).logits, before, atol=tolerance, rtol=tolerance)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     for layer in model.lora_layers().values():
         layer.unmerge()
     assert torch.equal(model(**batch).logits, before)
@@ -233,7 +238,7 @@ def test_bert_base_trains_as_many_parameters_as_predicted(tmp_path, capsys):
 
 @pytest.fixture
 def no_weights(bert, tmp_path):
-    """A checkpoint of which only the configuration is there: whoever loads its weights fails otherwise."""
+    """Return a checkpoint that holds only its configuration, so that loading its weights fails otherwise."""
     (tmp_path / "config.json").write_text((bert / "config.json").read_text())
     return str(tmp_path)
 
@@ -258,18 +263,41 @@ def test_a_wrong_argument_is_refused_before_any_weights_are_loaded(no_weights, w
     assert "allowed" in str(error.value) or "must be" in str(error.value) or "at most" in str(error.value)
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path):
-    for name in (str(tmp_path / "nothing"), "nobody/no-such-model", "not a name"):
+@pytest.mark.parametrize("model_class", [LoRABertModel, qLoRABertModel])
+def test_all_options_are_given_by_name(no_weights, model_class):
+    with pytest.raises(TypeError, match="positional argument"):
+        model_class(no_weights, 8)
+
+
+def test_a_model_that_is_not_there_is_refused(bert, tmp_path):
+    for name in (str(tmp_path / "nothing"), "nobody/no-such-model", "not a name", "auto"):
         with pytest.raises(ValueError, match="allowed are") as error:
             LoRABertModel(name)
         assert name in str(error.value)
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        LoRABertModel(str(tmp_path))
+    for options in ({"model_name": str(tmp_path)}, {"model_name": str(bert), "folder": tmp_path}):
+        with pytest.raises(ValueError, match=r"no config\.json") as error:
+            LoRABertModel(**options)
+        assert str(tmp_path) in str(error.value)
+
+
+def test_the_base_is_loaded_from_the_folder_and_named_by_its_name(bert, batch, tmp_path):
+    """The name may be a hub id that is not there, or another folder."""
+    models = []
+    for name, folder in ((str(bert), None), ("nobody/no-such-model", bert), (str(tmp_path), str(bert))):
+        torch.manual_seed(0)
+        models.append(float32(name, folder=folder).eval())
+        assert models[-1].model_name == name
+    for model in models[1:]:
+        assert model.fingerprint == models[0].fingerprint
+        assert torch.equal(model(**batch).logits, models[0](**batch).logits)
 
 
 def test_a_checkpoint_that_is_not_a_bert_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "distilbert"}))
     with pytest.raises(ValueError, match="distilbert"):
+        LoRABertModel(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "is_decoder": True}))
+    with pytest.raises(ValueError, match="is a decoder"):
         LoRABertModel(str(tmp_path))
 
 
@@ -280,6 +308,11 @@ def test_a_label_out_of_range_is_refused(bert, batch, labels):
     assert str(min(labels) if min(labels) < 0 else max(labels)) in str(error.value)
 
 
-def test_wrapping_replaces_each_layer_once(bert):
-    model = float32(bert)
-    assert not any(isinstance(layer.base, LoRALayer) for layer in model.lora_layers().values())
+def test_a_layer_that_several_targets_name_is_adapted_once_in_the_models_order(bert):
+    names = [f"layer.{i}.{part}" for i in (0, 1) for part in ("query", "value", "output.dense")]
+    targets = ["dense", "output.dense", "1.query", "query", "layer.0.query"]
+    assert match_targets(names, targets) == [name for name in names if not name.endswith("value")]
+    model = float32(bert, target_modules=targets[:2])
+    once = float32(bert, target_modules=targets[:1])
+    assert list(model.lora_layers()) == list(once.lora_layers())
+    assert {type(layer.base) for layer in model.lora_layers().values()} == {torch.nn.Linear}

@@ -1,68 +1,194 @@
+"""Check `find_model` and `load_sst2` without a hub: they fall back quickly, quietly and without side effects."""
+
+import inspect
+import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
 import pytest
-from conftest import BITSANDBYTES_SAYS
+from conftest import BITSANDBYTES_SAYS, ROOT
+from transformers import AutoTokenizer
 
-import lora_utils
-from lora_utils import DEFAULT_MODEL, OFFLINE_MODEL, find_model, hub_answers
+from lora_lab import sources
+from lora_lab.sources import (
+    DEFAULT_MODEL,
+    PACKAGED_MODEL,
+    Checkpoint,
+    find_model,
+    hub_is_reachable,
+    load_sst2,
+    packaged_checkpoint,
+)
+from lora_utils import LoRABertModel
 
-ROOT = Path(__file__).resolve().parents[1]
 
+class FakeHub:
+    """Stand for the hub's HTTP session: count the questions, and answer in one way."""
 
-class SilentHub:
-    """A hub whose answer takes longer than anyone waits."""
-
-    asked = 0
+    def __init__(self, answer):
+        self.answer = answer
+        self.asked = 0
 
     def head(self, url, timeout):
-        type(self).asked += 1
-        time.sleep(30)
+        self.asked += 1
+        return self.answer(timeout)
+
+
+def stay_silent(timeout):
+    time.sleep(30)
+
+
+def refuse(timeout):
+    raise OSError("connection refused")
+
+
+def fail(timeout):
+    return SimpleNamespace(status_code=503)
+
+
+def succeed(timeout):
+    return SimpleNamespace(status_code=200)
 
 
 @pytest.fixture
 def forget():
     """Forget, before and after a test, whether the hub answered and where the package lies."""
-    for function in (hub_answers, lora_utils.offline_model):
+    for function in (hub_is_reachable, packaged_checkpoint):
         function.cache_clear()
     yield
-    for function in (hub_answers, lora_utils.offline_model):
+    for function in (hub_is_reachable, packaged_checkpoint):
         function.cache_clear()
 
 
-def test_a_hub_that_does_not_answer_is_asked_once_and_for_a_short_time(monkeypatch, forget):
-    monkeypatch.setattr(huggingface_hub, "get_session", SilentHub)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+@pytest.fixture
+def online(monkeypatch, forget):
+    """Return a function that sets the libraries online and gives them a hub that answers in one way.
+
+    No other connection is possible. `connections` of the hub lists the hosts that something tried to reach.
+    """
+
+    def go_online(answer):
+        hub = FakeHub(answer)
+        hub.connections = []
+
+        def no_address(host, *args, **options):
+            hub.connections.append(host)
+            raise OSError(f"no address for {host}")
+
+        monkeypatch.setattr(huggingface_hub, "get_session", lambda: hub)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(socket, "getaddrinfo", no_address)
+        return hub
+
+    return go_online
+
+
+def libraries_are_offline():
+    """Return the two settings that make the hub's libraries use only their caches."""
+    return huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_for_a_short_time(online):
+    hub = online(stay_silent)
     start = time.perf_counter()
-    assert [hub_answers(1), hub_answers(1), hub_answers(1)] == [False] * 3
-    assert time.perf_counter() - start < 3 and SilentHub.asked == 1
-    assert huggingface_hub.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+    assert [hub_is_reachable(1), hub_is_reachable(1), hub_is_reachable(1)] == [False] * 3
+    assert time.perf_counter() - start < 3 and hub.asked == 1
+    assert libraries_are_offline() == (False, False)
 
 
-def test_a_hub_that_answers_leaves_the_libraries_online(monkeypatch, forget):
-    monkeypatch.setattr(SilentHub, "head", lambda *args, **options: SimpleNamespace(status_code=200))
-    monkeypatch.setattr(huggingface_hub, "get_session", SilentHub)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    assert hub_answers() and not huggingface_hub.is_offline_mode() and not datasets.config.HF_HUB_OFFLINE
+def test_without_an_argument_it_waits_five_seconds_at_most():
+    assert inspect.signature(hub_is_reachable).parameters["seconds"].default <= 5
+
+
+@pytest.mark.parametrize("answer", [stay_silent, refuse, fail], ids=lambda answer: answer.__name__)
+def test_with_an_unreachable_hub_auto_asks_once_and_leaves_the_settings_as_they_were(
+    online, monkeypatch, capsys, answer
+):
+    hub = online(answer)
+    brief = hub_is_reachable.__wrapped__
+    monkeypatch.setattr(brief, "__defaults__", (0.5,))
+    start = time.perf_counter()
+    checkpoint = find_model("auto")
+    assert checkpoint.name == PACKAGED_MODEL and libraries_are_offline() == (False, False)
+    assert load_sst2("auto")["train"].info.dataset_name == "movie_phrases"
+    assert libraries_are_offline() == (False, False)
+    LoRABertModel(checkpoint.name, folder=checkpoint.folder)
+    AutoTokenizer.from_pretrained(checkpoint.folder)
+    assert time.perf_counter() - start < 5
+    assert hub.asked == 1 and not hub.connections
+    assert capsys.readouterr().out.count("cannot be reached") == 2
+
+
+def test_a_data_folder_is_read_without_the_hub_or_any_connection(online, data_folder):
+    rows = [{"sentence": "a film", "label": 1}]
+    hub = online(refuse)
+    assert load_sst2(str(data_folder(train=rows, validation=rows)))["train"]["sentence"] == ["a film"]
+    assert hub.asked == 0 and not hub.connections
+    assert libraries_are_offline() == (False, False)
+
+
+@pytest.mark.parametrize("before", [(True, True), (False, True), (True, False)], ids=str)
+def test_settings_that_somebody_chose_stay_too(online, monkeypatch, before):
+    online(refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", before[0])
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", before[1])
+    find_model("auto")
+    load_sst2("auto")
+    assert libraries_are_offline() == before
+
+
+def test_a_search_that_fails_leaves_the_settings_as_they_were(online, tmp_path):
+    online(refuse)
+    for search, name in ((find_model, "nobody/no-such-model"), (load_sst2, "sst2"), (load_sst2, str(tmp_path / "no"))):
+        with pytest.raises(ValueError, match=name):
+            search(name)
+        assert libraries_are_offline() == (False, False)
+
+
+def test_a_hub_that_answers_leaves_the_libraries_online(online):
+    online(succeed)
+    assert hub_is_reachable() and libraries_are_offline() == (False, False)
+
+
+def test_when_the_libraries_are_offline_the_hub_is_not_asked(online, monkeypatch):
+    hub = online(succeed)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert not hub_is_reachable() and hub.asked == 0
 
 
 def test_auto_falls_back_to_the_packaged_model_and_says_so_in_one_line(capsys):
     checkpoint = find_model("auto")
     out = capsys.readouterr().out
-    assert checkpoint.name == OFFLINE_MODEL and (checkpoint.folder / "model.safetensors").is_file()
+    assert isinstance(checkpoint, Checkpoint) and checkpoint._fields == ("name", "folder", "origin")
+    assert checkpoint.name == PACKAGED_MODEL and checkpoint.folder == packaged_checkpoint()
+    assert (checkpoint.folder / "model.safetensors").is_file()
     assert out.count("\n") == 1 and "instead of" in out and DEFAULT_MODEL in out and "cannot be reached" in out
+
+
+def test_the_packaged_model_and_a_folder_are_found_by_name_and_announced_on_request(bert, capsys):
+    assert find_model(PACKAGED_MODEL)[:2] == (PACKAGED_MODEL, packaged_checkpoint())
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and PACKAGED_MODEL in out and "instead of" not in out
+    assert find_model(str(bert), announce=False)[:2] == (str(bert), bert)
+    load_sst2("auto", announce=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_is_named_is_never_replaced(tmp_path):
+    for name in (DEFAULT_MODEL, "nobody/no-such-model", str(tmp_path / "nothing")):
+        with pytest.raises(ValueError, match="allowed are") as error:
+            find_model(name)
+        assert name in str(error.value) and "cannot be reached" in str(error.value)
 
 
 @pytest.fixture
 def cached(monkeypatch, tmp_path):
-    """A function that puts files into a hub cache, laid out as the hub's own library lays it out, as BERT-base."""
+    """Return a function that puts files into a hub cache as BERT-base, in the layout of the hub's own library."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
 
     def put(*names):
@@ -72,50 +198,67 @@ def cached(monkeypatch, tmp_path):
         (repository / "refs" / "main").write_text("0" * 40)
         snapshot.mkdir(parents=True)
         for name in names:
-            (snapshot / name).symlink_to(lora_utils.offline_model() / name)
+            (snapshot / name).symlink_to(packaged_checkpoint() / name)
         return snapshot
 
     return put
 
 
+WHOLE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
 def test_auto_takes_bert_base_from_the_local_cache(cached, capsys):
-    snapshot = cached("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-    assert find_model("auto")[:2] == (DEFAULT_MODEL, snapshot)
+    snapshot = cached(*WHOLE)
+    checkpoint = find_model("auto")
+    assert checkpoint[:2] == (DEFAULT_MODEL, snapshot)
     assert DEFAULT_MODEL in capsys.readouterr().out
-    assert lora_utils.LoRABertModel("auto").model_name == DEFAULT_MODEL
+    model = LoRABertModel(checkpoint.name, folder=checkpoint.folder)
+    assert model.model_name == DEFAULT_MODEL
+    assert LoRABertModel(DEFAULT_MODEL).fingerprint == model.fingerprint  # the hub's library finds it in the cache too
+
+
+def test_a_model_in_the_local_cache_is_found_without_asking_the_hub(cached, online):
+    snapshot = cached(*WHOLE)
+    hub = online(refuse)
+    assert find_model("auto")[:2] == (DEFAULT_MODEL, snapshot)
+    assert hub.asked == 0 and not hub.connections
 
 
 @pytest.mark.parametrize("names", [["config.json", "vocab.txt"], ["config.json", "model.safetensors"]], ids=str)
 def test_a_model_that_is_cached_in_part_does_not_count_as_cached(cached, names):
     cached(*names)
-    assert find_model("auto").name == OFFLINE_MODEL
+    assert find_model("auto").name == PACKAGED_MODEL
 
 
 def test_weights_with_another_hash_are_refused(monkeypatch, forget):
-    monkeypatch.setattr(lora_utils, "OFFLINE_SHA256", "0" * 64)
+    monkeypatch.setattr(sources, "PACKAGED_SHA256", "0" * 64)
     with pytest.raises(OSError, match="SHA-256"):
         find_model("auto")
 
 
 def test_without_hub_and_package_the_error_says_what_to_install(monkeypatch, forget):
-    monkeypatch.setattr(lora_utils, "OFFLINE_PACKAGE", "no-such-package")
+    monkeypatch.setattr(sources, "PACKAGE", "no-such-package")
     with pytest.raises(OSError, match=r"pip install .* data/offline-model\.txt"):
         find_model("auto")
 
 
 @pytest.mark.slow
 def test_on_a_machine_without_a_hub_the_fallbacks_take_less_than_ten_seconds_and_make_no_noise(tmp_path):
-    """In a process of its own, with an address that leads nowhere for a hub."""
+    """Run in another process, with an address that leads nowhere for a hub."""
     code = """if True:
-        import time, lora_utils
+        import time, datasets, huggingface_hub
+        from lora_lab.sources import find_model, load_sst2
+        from lora_utils import LoRABertModel
         start = time.perf_counter()
-        lora_utils.LoRABertModel("auto")
-        lora_utils.load_sst2("auto")
+        checkpoint = find_model("auto")
+        LoRABertModel(checkpoint.name, folder=checkpoint.folder)
+        load_sst2("auto")
         print(time.perf_counter() - start)
+        print(huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE)
     """
     environment = {"HF_ENDPOINT": "http://192.0.2.1", "PATH": "", "HF_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = run.stdout.splitlines()
-    assert len(lines) == 3 and lines[0].startswith("Model: ") and lines[1].startswith("Data: "), run
+    assert len(lines) == 4 and lines[0].startswith("Model: ") and lines[1].startswith("Data: "), run
     noise = [line for line in run.stderr.splitlines() if not line.startswith(BITSANDBYTES_SAYS)]
-    assert float(lines[2]) < 10 and not noise
+    assert float(lines[2]) < 10 and lines[3] == "False" and not noise

@@ -1,4 +1,4 @@
-"""`QuantizedLoRALayer`, `qLoRABertModel` and the ledger."""
+"""Check `QuantizedLoRALayer`, `qLoRABertModel` and the ledger."""
 
 import copy
 import itertools
@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import ROOT, randomise
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from lora_lab.ledger import Ledger, LedgerRow, memory_ledger
+from lora_lab.rounding import WAYS, quantize_jointly, round_adapter
 from lora_utils import (
     LoRABertModel,
     LoRALayer,
@@ -22,19 +24,16 @@ from lora_utils import (
     QuantizedLinear,
     QuantizedLoRALayer,
     dequantize,
-    memory_ledger,
     qLoRABertModel,
     quantize,
-    quantize_together,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 BITS = range(2, 9)
 COMBINATIONS = list(itertools.product([2, 4, 8], [None, 8, 4]))
 
 
 def layer_of(bits, base_bits=None, dtype=torch.float32, **options):
-    """A layer whose B is not zero, so that its update shows."""
+    """Return a layer whose B is not zero, so that its update shows."""
     torch.manual_seed(0)
     base = nn.Linear(64, 32, dtype=dtype)
     layer = QuantizedLoRALayer(
@@ -51,17 +50,11 @@ def qlora(bert, **options):
 # The layer ----------------------------------------------------------------------------------------
 
 
-def test_the_quantized_layer_overrides_only_what_hands_out_and_packs_a_and_b():
-    own = {name for name in vars(QuantizedLoRALayer) if name in vars(LoRALayer)}
-    assert own - {"__module__", "__doc__", "__init__", "extra_repr", "__firstlineno__", "__static_attributes__"} == {
-        "low_rank"
-    }
-
-
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("base_bits", [None, 8, 4])
 def test_while_b_is_zero_the_layer_computes_exactly_what_its_base_computes(bits, base_bits):
-    layer, x = layer_of(bits, base_bits), torch.randn(5, 64)
+    layer = layer_of(bits, base_bits)
+    x = torch.randn(5, 64)
     nn.init.zeros_(layer.lora_B)
     assert torch.equal(layer(x), layer.base(x))
     layer.pack()
@@ -71,7 +64,8 @@ def test_while_b_is_zero_the_layer_computes_exactly_what_its_base_computes(bits,
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("base_bits", [None, 8, 4])
 def test_gradients_reach_b_from_the_first_step_and_a_from_the_second(bits, base_bits):
-    layer, x = layer_of(bits, base_bits), torch.randn(5, 64)
+    layer = layer_of(bits, base_bits)
+    x = torch.randn(5, 64)
     nn.init.zeros_(layer.lora_B)
     optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=1e-3)
     layer(x).square().sum().backward()
@@ -83,7 +77,8 @@ def test_gradients_reach_b_from_the_first_step_and_a_from_the_second(bits, base_
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_gradient_passes_straight_through_the_rounding(bits):
-    layer, x = layer_of(bits), torch.randn(5, 64)
+    layer = layer_of(bits)
+    x = torch.randn(5, 64)
     layer(x).square().sum().backward()
     A, B = (matrix.detach().requires_grad_() for matrix in layer.low_rank())
     (layer.base(x) + layer.scaling * x @ A.T @ B.T).square().sum().backward()
@@ -105,24 +100,26 @@ def test_a_and_b_are_seen_through_one_scale_for_each_rank(bits):
 @pytest.mark.parametrize("base_bits", [None, 8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_it_computes_the_same_to_the_last_bit_from_fewer_bytes(bits, base_bits, dtype):
-    layer, x = layer_of(bits, base_bits, dtype), torch.randn(5, 64, dtype=dtype)
+    layer = layer_of(bits, base_bits, dtype)
+    x = torch.randn(5, 64, dtype=dtype)
     expected = layer(x)
     layer.pack()
     assert layer.packed and torch.equal(layer(x), expected)
     assert not any("lora_" in name for name, _ in layer.named_parameters())
     assert layer.A_codes.nbytes == math.ceil(4 * 64 * bits / 8) and layer.A_scales.nbytes == 4 * 4
     assert layer.B_codes.nbytes == math.ceil(4 * 32 * bits / 8) and layer.B_scales.nbytes == 4 * 4
-    first = {name: tensor.clone() for name, tensor in layer.codes().items()}
+    first = {name: tensor.clone() for name, tensor in layer.packed_tensors().items()}
     layer.unpack()
     assert not layer.packed and torch.equal(layer(x), expected)
     assert layer.lora_A.requires_grad and layer.lora_B.requires_grad
     layer.pack()
     layer.pack()
-    assert all(torch.equal(tensor, first[name]) for name, tensor in layer.codes().items())
+    assert all(torch.equal(tensor, first[name]) for name, tensor in layer.packed_tensors().items())
 
 
 def test_a_packed_layer_copies_saves_and_changes_dtype():
-    layer, x = layer_of(3), torch.randn(5, 64)
+    layer = layer_of(3)
+    x = torch.randn(5, 64)
     layer.pack()
     expected = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
@@ -130,19 +127,24 @@ def test_a_packed_layer_copies_saves_and_changes_dtype():
     other.pack()
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), expected)
+    assert copy.deepcopy(layer).half().A_scales.dtype == copy.deepcopy(layer).double().B_scales.dtype == torch.float32
     there_and_back = copy.deepcopy(layer).half().float()
     assert torch.equal(there_and_back.delta_weight(), layer.delta_weight())
     assert "bits=3, packed=True" in repr(layer)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_it_merges_into_a_float_base_and_comes_back_to_the_bit(packed):
-    layer, x = layer_of(4), torch.randn(5, 64)
+def test_it_merges_beside_a_float_base_and_unmerges_to_the_bit(packed):
+    layer = layer_of(4)
+    x = torch.randn(5, 64)
     if packed:
         layer.pack()
-    before, old = layer(x), layer.base.weight.clone()
+    before = layer(x)
+    old = layer.base.weight.clone()
     layer.merge()
     torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer.base.weight, old)
+    assert torch.equal(layer.merged_weight, old + layer.delta_weight())
     layer.unmerge()
     assert torch.equal(layer.base.weight, old) and torch.equal(layer(x), before)
 
@@ -226,7 +228,8 @@ def test_under_one_seed_it_starts_from_the_a_and_head_of_unquantised_lora(bert, 
 
 
 def test_an_unquantised_adapter_loads_by_its_state_dict(bert, batch):
-    plain, quantized = randomise(LoRABertModel(str(bert), dtype=torch.float32)), qlora(bert, bits=8)
+    plain = randomise(LoRABertModel(str(bert), dtype=torch.float32))
+    quantized = qlora(bert, bits=8)
     quantized.load_state_dict(plain.state_dict())
     torch.testing.assert_close(quantized(**batch).logits, plain(**batch).logits, rtol=0.1, atol=0.1)
 
@@ -247,7 +250,8 @@ def test_a_quantised_model_follows_a_change_of_dtype(bert, batch, base_bits):
 
 
 def test_a_quantised_base_computes_nearly_what_the_float_base_computes(bert, batch):
-    ids, mask = batch["input_ids"], batch["attention_mask"]
+    ids = batch["input_ids"]
+    mask = batch["attention_mask"]
     exact = qlora(bert).eval().model.bert(ids, attention_mask=mask).pooler_output
     errors = [
         (qlora(bert, base_bits=bits).eval().model.bert(ids, attention_mask=mask).pooler_output - exact).norm()
@@ -289,11 +293,12 @@ def test_what_is_saved_loads_in_a_fresh_process_with_the_same_logits(bert, batch
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], model(**batch).logits)
 
 
-def test_a_trained_lora_rounded_together_leaves_as_packed_integers(bert, tmp_path):
-    plain, quantized = randomise(LoRABertModel(str(bert), dtype=torch.float32)), qlora(bert, bits=3)
+def test_a_trained_lora_that_is_rounded_jointly_is_saved_as_packed_integers(bert, tmp_path):
+    plain = randomise(LoRABertModel(str(bert), dtype=torch.float32))
+    quantized = qlora(bert, bits=3)
     with torch.no_grad():
         for layer in plain.lora_layers().values():
-            for matrix, rounded in zip(layer.low_rank(), quantize_together(*layer.low_rank(), 3), strict=True):
+            for matrix, rounded in zip(layer.low_rank(), quantize_jointly(*layer.low_rank(), 3), strict=True):
                 matrix.copy_(rounded)
     quantized.load_state_dict(plain.state_dict())
     quantized.save_pretrained(tmp_path)
@@ -377,6 +382,27 @@ def test_a_checkpoint_in_older_names_loads_the_same_and_another_shape_is_refused
         LoRABertModel(str(tmp_path))
 
 
+# Rounding a whole adapter -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_round_adapter_rounds_a_copy_and_returns_the_error_of_all_updates(bert, way):
+    model = randomise(LoRABertModel(str(bert), rank=4, dtype=torch.float32))
+    before = copy.deepcopy(model.state_dict())
+    rounded, error = round_adapter(model, way, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    exact = []
+    found = []
+    for name, layer in model.lora_layers().items():
+        new = rounded.lora_layers()[name]
+        for matrix, expected in zip(new.low_rank(), WAYS[way](*layer.low_rank(), 3), strict=True):
+            assert torch.equal(matrix, expected)
+        exact.append(layer.delta_weight().flatten())
+        found.append(new.delta_weight().flatten())
+    expected = (torch.cat(found) - torch.cat(exact)).norm() / torch.cat(exact).norm()
+    assert 0 < error < 1 and error == pytest.approx(expected.item(), rel=1e-5)
+
+
 # The ledger ---------------------------------------------------------------------------------------
 
 
@@ -396,20 +422,29 @@ def test_the_ledger_counts_what_the_storages_hold(bert, batch, bits, base_bits, 
     held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
     held += [t for state in optimizer.state.values() for t in state.values()]
     held += [t for group in optimizer.param_groups for p in group["params"] for t in (p, p.grad) if t is not None]
-    assert memory_ledger(model, optimizer).bytes() == storages(held)
+    assert memory_ledger(model, optimizer).total_bytes() == storages(held)
 
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         output = model(**batch)
     ledger = memory_ledger(model, optimizer, batch)
-    assert ledger.bytes() == storages([*held, *saved]) > storages(held) and output.loss > 0
-    assert ledger.bytes("saved for backward") == storages([*held, *saved]) - storages(held)
+    assert ledger.total_bytes() == storages([*held, *saved]) > storages(held) and output.loss > 0
+    assert ledger.total_bytes("saved for backward") == storages([*held, *saved]) - storages(held)
+
+
+def test_the_ledger_counts_merged_weights_too(bert):
+    model = LoRABertModel(str(bert), dtype=torch.bfloat16)
+    before = memory_ledger(model).total_bytes()
+    for layer in model.lora_layers().values():
+        layer.merge()
+    ledger = memory_ledger(model)
+    assert ledger.total_bytes() == storages([*model.parameters(), *model.buffers()]) == before + 4 * 64 * 64 * 2
 
 
 def test_the_ledger_names_what_it_counts(bert):
     model = qlora(bert, bits=3, base_bits=4)
     model.pack()
-    rows = {(row.what, row.stored_as): (row.count, row.bytes) for row in memory_ledger(model)}
+    rows = {(row.what, row.stored_as): (row.count, row.num_bytes) for row in memory_ledger(model)}
     numbers = 4 * 8 * (64 + 64)
     assert rows["A and B", "3 bits"] == (numbers, numbers * 3 // 8)
     assert rows["scales of A and B", "float32"] == (4 * 16, 4 * 4 * 16)
@@ -418,13 +453,15 @@ def test_the_ledger_names_what_it_counts(bert):
     assert rows["frozen weights", "NF4"] == (weights, weights // 2)
     assert rows["embeddings", "NF4"] == ((30522 + 512 + 2) * 64, (30522 + 512 + 2) * 32)
     assert not any(what == "gradients" for what, _ in rows)
-    assert "frozen weights" in str(memory_ledger(model)) and f"{memory_ledger(model).bytes():,}" in str(
-        memory_ledger(model)
-    )
+    ledger = memory_ledger(model)
+    assert isinstance(ledger, Ledger) and all(isinstance(row, LedgerRow) for row in ledger)
+    assert "frozen weights" in str(ledger) and f"{ledger.total_bytes():,}" in str(ledger)
 
 
 def test_the_decoded_weights_of_a_quantised_base_are_not_saved_for_backward(bert, batch):
-    saved = [memory_ledger(qlora(bert, base_bits=bits), batch=batch).bytes("saved for backward") for bits in (None, 4)]
+    saved = [
+        memory_ledger(qlora(bert, base_bits=bits), batch=batch).total_bytes("saved for backward") for bits in (None, 4)
+    ]
     assert saved[1] <= saved[0]
 
 
@@ -436,12 +473,12 @@ def test_the_adapter_rows_are_the_bytes_of_the_file(bert, tmp_path, bits):
     data = (tmp_path / "adapter_quantized.safetensors").read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     ledger = memory_ledger(model)
-    assert len(data) - header == ledger.bytes(*ledger.ADAPTER)
+    assert len(data) - header == ledger.total_bytes(*ledger.ADAPTER)
 
 
 @pytest.fixture(scope="module")
 def bert_base(tmp_path_factory):
-    """A checkpoint of BERT-base's shape, with random weights."""
+    """Return the folder of a checkpoint of BERT-base's shape, with random weights."""
     folder = tmp_path_factory.mktemp("bert-base")
     with torch.device("meta"):
         model = BertForSequenceClassification(BertConfig())
@@ -467,20 +504,22 @@ def test_the_adapter_of_bert_base_shrinks_as_promised(bert_base, tmp_path, bits,
 @pytest.mark.parametrize("base_bits, where", [(None, "in bfloat16"), (8, "at 8 bits"), (4, "at 4 bits")])
 def test_the_readme_has_the_megabytes_of_bert_base(bert_base, base_bits, where):
     model = qLoRABertModel(str(bert_base), bits=8, base_bits=base_bits, dtype=torch.bfloat16)
-    assert f"{memory_ledger(model).bytes() / 1e6:.1f} MB {where}" in (ROOT / "README.md").read_text()
+    assert f"{memory_ledger(model).total_bytes() / 1e6:.1f} MB {where}" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.slow
 def test_bert_base_with_a_4_bit_base_is_58_mb_and_is_loaded_within_320_mb(bert_base):
     code = (
-        "import sys, pathlib, lora_utils\n"
+        "import sys, pathlib, torch\n"
+        "from lora_lab.ledger import memory_ledger\n"
+        "from lora_utils import qLoRABertModel\n"
         "def status(field):\n"
         "    lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
         "    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024\n"
         "start = status('VmRSS')\n"
         "pathlib.Path('/proc/self/clear_refs').write_text('5')\n"
-        "model = lora_utils.qLoRABertModel(sys.argv[1], bits=8, base_bits=4, dtype=lora_utils.torch.bfloat16)\n"
-        "print(status('VmHWM') - start, lora_utils.memory_ledger(model).bytes())"
+        "model = qLoRABertModel(sys.argv[1], bits=8, base_bits=4, dtype=torch.bfloat16)\n"
+        "print(status('VmHWM') - start, memory_ledger(model).total_bytes())"
     )
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of a process is read from Linux's /proc")

@@ -1,4 +1,4 @@
-"""Integers with scales, packed bytes, and frozen weights as bitsandbytes stores them."""
+"""Check integers with scales, packed bytes, and frozen weights as bitsandbytes stores them."""
 
 import copy
 import math
@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lora_lab.rounding import WAYS, quantize_jointly
 from lora_utils import (
-    DYNAMIC,
-    NF4,
+    _DYNAMIC_8BIT_CODE,
+    _NF4,
     QuantizedEmbedding,
     QuantizedLinear,
+    _nearest_code,
     dequantize,
-    nearest,
     pack,
     quantize,
-    quantize_together,
     unpack,
 )
 
@@ -33,8 +33,9 @@ NUMBERS = st.one_of(
 
 @st.composite
 def matrices(draw):
-    """Matrices of many sizes and dtypes, contiguous or not: random, or of odd numbers, zeros and constants."""
-    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 40))
+    """Draw a matrix of any size and dtype, contiguous or not: random, or of odd numbers, zeros and constants."""
+    rows = draw(st.integers(1, 5))
+    columns = draw(st.integers(1, 40))
     if draw(st.booleans()):
         x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))))
         x = x * draw(st.sampled_from([1e-30, 1e-3, 1.0, 1e30])) * torch.logspace(-2, 2, rows)[:, None]
@@ -53,11 +54,13 @@ def test_integers_are_in_range_and_no_worse_than_a_grid_up_to_the_largest_value(
     q, scale = quantize(x, bits)
     assert q.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (len(x), 1)
     assert q.min().item() >= -(2 ** (bits - 1)) and q.max().item() < 2 ** (bits - 1)
-    decoded, x = dequantize(q, scale), x.double()
+    decoded = dequantize(q, scale)
+    x = x.double()
     assert decoded.isfinite().all() and (scale >= 0).all()
     step = x.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
     unclipped = ((x / step.where(step > 0, 1)).floor() + 0.5).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1)) * step
-    error, bound = (decoded - x).norm(dim=1), (unclipped - x).norm(dim=1)
+    error = (decoded - x).norm(dim=1)
+    bound = (unclipped - x).norm(dim=1)
     assert (error <= bound + 1e-4 * x.norm(dim=1) + 1e-40).all()
 
 
@@ -71,14 +74,16 @@ def test_rounding_what_was_rounded_changes_nothing(x, bits):
 
 @pytest.mark.parametrize("width", [1, 64, 384, 768, 3072, 5000])
 @pytest.mark.parametrize("rank", [1, 8, 64])
-def test_a_row_is_rounded_the_same_alone_among_others_and_from_a_transposed_matrix(rank, width):
+def test_a_row_is_rounded_the_same_among_others_and_from_a_transposed_matrix(rank, width):
     torch.manual_seed(rank)
-    A, B = torch.randn(rank, width), torch.randn(width, rank)
+    A = torch.randn(rank, width)
+    B = torch.randn(width, rank)
     for bits in (2, 5, 8):
         both = quantize(torch.cat([A, B.T]), bits)
-        for part, alone in enumerate((quantize(A, bits), quantize(B.T, bits), quantize(B.T.contiguous(), bits))):
+        apart = (quantize(A, bits), quantize(B.T, bits), quantize(B.T.contiguous(), bits))
+        for part, expected in enumerate(apart):
             rows = slice(0, rank) if part == 0 else slice(rank, None)
-            assert all(torch.equal(tensor[rows], same) for tensor, same in zip(both, alone, strict=True))
+            assert all(torch.equal(tensor[rows], same) for tensor, same in zip(both, expected, strict=True))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -101,7 +106,8 @@ def test_scales_cost_less_than_a_twentieth_of_a_bit_a_weight_at_width_768():
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), BITS, st.integers(0, 999))
 def test_packing_takes_no_gaps_and_gives_the_same_integers_back(shape, bits, seed):
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    low = -(2 ** (bits - 1))
+    high = 2 ** (bits - 1)
     q = torch.randint(low, high, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
     q = q.transpose(0, -1)
     packed = pack(q, bits)
@@ -115,37 +121,53 @@ def test_every_integer_survives_packing(bits):
     assert torch.equal(unpack(pack(q, bits), bits, q.shape), q)
 
 
-# Rounding A and B together ------------------------------------------------------------------------
+# Rounding A and B jointly --------------------------------------------------------------------------
 
 
 def trained_pair(rank=8):
-    """An A and a B like those of training: ranks that do alike."""
+    """Return an A and a B as training makes them: with correlated ranks."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.eye(rank) + 0.7 * torch.randn(rank, rank, generator=generator)
-    A, B = torch.randn(rank, 96, generator=generator), torch.randn(64, rank, generator=generator)
+    A = torch.randn(rank, 96, generator=generator)
+    B = torch.randn(64, rank, generator=generator)
     return mix @ A, B @ mix
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_rounded_together_the_product_keeps_more_than_rounded_apart(bits):
+def test_rounded_jointly_the_product_keeps_more_than_rounded_apart(bits):
     A, B = trained_pair()
 
     def error(new_A, new_B):
         return ((new_B @ new_A - B @ A).norm() / (B @ A).norm()).item()
 
-    together = quantize_together(A, B, bits)
+    jointly = quantize_jointly(A, B, bits)
     apart = dequantize(*quantize(A, bits)), dequantize(*quantize(B.T, bits)).T
-    assert error(*together) < 0.8 * error(*apart)
-    for rows in (together[0], together[1].T):
+    assert error(*jointly) < 0.8 * error(*apart)
+    for rows in (jointly[0], jointly[1].T):
         assert torch.equal(dequantize(*quantize(rows, bits)), rows)
 
 
-def test_rounding_together_takes_ranks_that_are_zero_or_alike():
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_other_ways_round_a_and_b_apart_with_one_scale_for_each_rank(bits):
+    assert list(WAYS) == ["absmax", "half steps", "together"] and WAYS["together"] is quantize_jointly
     A, B = trained_pair()
-    same_A, zero_B = quantize_together(A, torch.zeros_like(B), 4)
+    new_A, new_B = WAYS["half steps"](A, B, bits)
+    assert torch.equal(new_A, dequantize(*quantize(A, bits))) and torch.equal(new_B, dequantize(*quantize(B.T, bits)).T)
+    for rows, rounded in zip((A, B.T), (WAYS["absmax"](A, B, bits)[0], WAYS["absmax"](A, B, bits)[1].T), strict=True):
+        top = 2 ** (bits - 1) - 1
+        step = rows.double().abs().amax(1, keepdim=True) / top
+        expected = (rows.double() / step).round().clamp(-top, top) * step
+        torch.testing.assert_close(rounded.double(), expected, rtol=1e-5, atol=1e-6)
+        assert all(len(row.unique()) <= 2 * top + 1 for row in rounded)
+
+
+def test_rounding_jointly_handles_ranks_that_are_zero_or_equal():
+    A, B = trained_pair()
+    same_A, zero_B = quantize_jointly(A, torch.zeros_like(B), 4)
     assert not zero_B.any() and torch.equal(same_A, dequantize(*quantize(A, 4)))
-    A[1], B[:, 2] = A[0], 0
-    new_A, new_B = quantize_together(A, B, 8)
+    A[1] = A[0]
+    B[:, 2] = 0
+    new_A, new_B = quantize_jointly(A, B, 8)
     assert (new_B @ new_A - B @ A).norm() < 0.01 * (B @ A).norm()
 
 
@@ -171,23 +193,26 @@ def test_nf4_bytes_and_values_are_those_of_bitsandbytes(shape, dtype, monkeypatc
     assert torch.equal(ours.codes, codes.flatten())
 
     nested = bnb.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True)[1]
-    assert torch.equal(ours.offset.view(torch.float32)[0], nested.offset)
-    assert torch.equal(ours.absmax.view(torch.float32), nested.state2.absmax)
+    assert ours.offset.dtype == ours.absmax.dtype == torch.float32
+    assert torch.equal(ours.offset[0], nested.offset)
+    assert torch.equal(ours.absmax, nested.state2.absmax)
     assert (ours.scale_codes.int() - nested.absmax.int()).abs().max() <= 1
-    widest = DYNAMIC.diff().max() * nested.state2.absmax.max()
-    assert (ours._scales() - state.absmax).abs().max() <= widest
+    widest = _DYNAMIC_8BIT_CODE.diff().max() * nested.state2.absmax.max()
+    assert (ours._nf4_scales() - state.absmax).abs().max() <= widest
 
     state.dtype = torch.float32
-    monkeypatch.setattr(ours, "_scales", lambda: state.absmax)  # not quantised a second time
+    monkeypatch.setattr(ours, "_nf4_scales", lambda: state.absmax)  # not quantised a second time
     assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(codes, state).view(layer.weight.shape))
 
 
 def test_the_code_of_the_scales_is_that_of_bitsandbytes():
-    assert torch.equal(DYNAMIC, bnb.create_dynamic_map()) and torch.equal(NF4, bnb.get_4bit_type("nf4", "cpu"))
+    assert torch.equal(_DYNAMIC_8BIT_CODE, bnb.create_dynamic_map())
+    assert torch.equal(_NF4, bnb.get_4bit_type("nf4", "cpu"))
 
 
 def test_the_nearest_code_of_a_tie_is_the_lower():
-    assert nearest(torch.tensor([-2.0, 0.4, 0.5, 0.6, 9.0]), torch.tensor([0.0, 1.0])).tolist() == [0, 0, 0, 1, 1]
+    values = torch.tensor([-2.0, 0.4, 0.5, 0.6, 9.0])
+    assert _nearest_code(values, torch.tensor([0.0, 1.0])).tolist() == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -196,7 +221,7 @@ def test_int8_bytes_and_values_are_those_of_bitsandbytes(shape, dtype):
     layer = linear(*shape, dtype=dtype)
     ours = QuantizedLinear(layer, 8)
     codes, absmax, _ = bnb.int8_vectorwise_quant(layer.weight.data)
-    assert torch.equal(ours.codes, codes) and torch.equal(ours.absmax.view(torch.float32)[:, 0], absmax)
+    assert torch.equal(ours.codes, codes) and torch.equal(ours.absmax[:, 0], absmax)
     assert torch.equal(ours.dequantize(), bnb.int8_vectorwise_dequant(codes, absmax))
 
 
@@ -207,7 +232,7 @@ def test_nf4_is_right_at_widths_that_are_not_whole_blocks(shape):
     assert len(ours.codes) == math.ceil(weight.numel() / 2)
     flat = torch.cat([weight.flatten(), torch.zeros(-weight.numel() % 64)]).view(-1, 64)
     scale = flat.abs().amax(1, keepdim=True)
-    expected = (NF4[(flat / scale)[..., None].sub(NF4).abs().argmin(-1)] * scale).flatten()[: weight.numel()]
+    expected = (_NF4[(flat / scale)[..., None].sub(_NF4).abs().argmin(-1)] * scale).flatten()[: weight.numel()]
     torch.testing.assert_close(ours.dequantize().flatten(), expected, rtol=0.02, atol=0.02 * weight.abs().max().item())
     assert (ours.dequantize() - weight).norm() < 0.11 * weight.norm()
 
@@ -221,7 +246,8 @@ def test_nf4_takes_4_127_bits_a_weight_with_all_scales():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_decoding_in_bf16_differs_by_three_roundings_at_most(bits):
     ours = QuantizedLinear(linear(384, 200), bits)
-    exact, fast = ours.dequantize(), ours.dequantize(torch.bfloat16).float()
+    exact = ours.dequantize()
+    fast = ours.dequantize(torch.bfloat16).float()
     assert ((fast - exact).abs() <= ((1 + 2**-8) ** 3 - 1) * exact.abs()).all()
     assert torch.equal(ours.dequantize(torch.float64), exact.double())
 
@@ -231,7 +257,8 @@ def test_decoding_in_bf16_differs_by_three_roundings_at_most(bits):
 def test_any_finite_weight_is_quantised_within_a_step_of_its_scale(x, bits):
     layer = nn.Linear(x.shape[1], x.shape[0], bias=False)
     layer.weight = nn.Parameter(x)
-    decoded, x = QuantizedLinear(layer, bits).dequantize().double(), x.double()
+    decoded = QuantizedLinear(layer, bits).dequantize().double()
+    x = x.double()
     assert decoded.isfinite().all()
     if bits == 8:
         assert ((decoded - x).abs() <= x.abs().amax(1, keepdim=True) / 254 * (1 + 1e-4) + 1e-37).all()
@@ -241,7 +268,8 @@ def test_any_finite_weight_is_quantised_within_a_step_of_its_scale(x, bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_nothing_decoded_is_kept_for_backward(bits):
-    ours, saved = QuantizedLinear(linear(128, 48), bits), []
+    ours = QuantizedLinear(linear(128, 48), bits)
+    saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = ours(torch.randn(3, 128, requires_grad=True))
     assert not saved and not any(torch.is_tensor(value) for value in vars(y.grad_fn.next_functions[0][0]).values())
@@ -251,11 +279,11 @@ def test_nothing_decoded_is_kept_for_backward(bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_change_of_dtype_a_copy_and_a_state_dict_leave_the_bytes_alone(bits):
+def test_a_change_of_dtype_a_copy_and_a_state_dict_do_not_change_the_bytes(bits):
     ours = QuantizedLinear(linear(128, 48), bits)
     exact = ours.dequantize()
     for other in (copy.deepcopy(ours).bfloat16(), copy.deepcopy(ours).double(), copy.deepcopy(ours).half().float()):
-        assert torch.equal(other.dequantize(), exact)
+        assert torch.equal(other.dequantize(), exact) and other.absmax.dtype == torch.float32
     other = QuantizedLinear(nn.Linear(128, 48), bits)
     other.load_state_dict(ours.state_dict())
     assert torch.equal(other.dequantize(), exact)
@@ -314,14 +342,15 @@ def test_ids_out_of_range_are_refused_as_by_any_embedding():
 
 def test_the_largest_floats_do_not_decode_to_infinity():
     layer = nn.Linear(64, 8, bias=False)
-    layer.weight.data[:7], layer.weight.data[7] = 3.4e38, 0
+    layer.weight.data[:7] = 3.4e38
+    layer.weight.data[7] = 0
     for bits in (4, 8):
         assert QuantizedLinear(layer, bits).dequantize().isfinite().all()
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_rounding_together_refuses_what_is_not_finite(wrong):
+def test_rounding_jointly_refuses_what_is_not_finite(wrong):
     A, B = trained_pair()
     A[0, 0] = wrong
     with pytest.raises(ValueError, match=f"A holds {wrong}"):
-        quantize_together(A, B, 4)
+        quantize_jointly(A, B, 4)

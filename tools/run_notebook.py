@@ -1,7 +1,7 @@
-"""Execute notebooks from top to bottom, with their progress on the screen, and print the accuracy they reached.
+"""Execute notebooks from top to bottom, show their progress, and print the accuracy they reached.
 
-python tests/run_notebook.py LoRA_implementation.ipynb             into outputs/, the notebook is left as it is
-python tests/run_notebook.py --in-place LoRA_implementation.ipynb  over the notebook itself, to commit it
+python tools/run_notebook.py LoRA_implementation.ipynb             into outputs/; the notebook stays as it is
+python tools/run_notebook.py --in-place LoRA_implementation.ipynb  over the notebook itself, to commit it
 """
 
 import argparse
@@ -17,21 +17,26 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-async def get_msg(channel, timeout=None, get_msg=AsyncZMQSocketChannel.get_msg):
-    """The next message of a kernel. On a crowded machine its coming can go unnoticed: so look again every second.
+def look_for_messages_every_second() -> None:
+    """Make Jupyter clients in this process look for a kernel's message every second, and not only when woken.
 
-    Seen once, with pyzmq 27.3: the reply was there to be read, and the client slept for ever.
+    On a crowded machine a wake-up can get lost (seen once, with pyzmq 27.3). The client then waits for ever for a
+    message that is there. papermill's client receives its messages in this way too.
     """
-    while timeout is None and not await channel.socket.poll(1000):
-        pass
-    return await get_msg(channel, timeout)
+    receive = AsyncZMQSocketChannel.get_msg
+    if receive.__name__ == "get_msg_by_polling":
+        return
 
+    async def get_msg_by_polling(channel, timeout=None):
+        while timeout is None and not await channel.socket.poll(1000):
+            pass
+        return await receive(channel, timeout)
 
-AsyncZMQSocketChannel.get_msg = get_msg  # papermill's client receives through it, too
+    AsyncZMQSocketChannel.get_msg = get_msg_by_polling
 
 
 class Narrator(NotebookClient):
-    """A notebook client that prints each heading as it gets there, and what the cells print as they print it."""
+    """Print each heading when the notebook gets there, and what the cells print while they print it."""
 
     def output(self, outs, msg, display_id, cell_index):
         if msg["msg_type"] == "stream":
@@ -45,12 +50,8 @@ class Narrator(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **options)
 
 
-def printed(output):
-    return output.get("text", "") if output.output_type == "stream" else ""
-
-
-def tidy(notebook):
-    """Leave of a progress bar what a screen would show at the end, and nothing of a slider, which needs a kernel."""
+def tidy(notebook) -> None:
+    """Keep of a progress bar only what a screen shows at the end, and nothing of a slider, which needs a kernel."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if "outputs" in cell:
@@ -61,29 +62,36 @@ def tidy(notebook):
                 output.text = "\n".join(lines)
 
 
-def execute(source, target):
+def printed_lines(notebook) -> list[str]:
+    """Return every line that the notebook's cells printed."""
+    lines = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                lines += output.text.split("\n")
+    return lines
+
+
+def execute(source: Path, target: Path) -> list[str]:
     """Execute the notebook at `source`, write it to `target`, and return the lines that tell its accuracy."""
     notebook = nbformat.read(source, as_version=4)
-    client = Narrator(
-        notebook, timeout=None, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}}
-    )
+    folder = {"metadata": {"path": str(ROOT)}}
+    client = Narrator(notebook, timeout=None, record_timing=False, coalesce_streams=True, resources=folder)
     try:
         client.execute()
-    finally:  # of a notebook that failed, too: it shows where
+    finally:  # write a notebook that failed too: it shows where
         tidy(notebook)
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, target)
-    lines = [
-        line for cell in notebook.cells for output in cell.get("outputs", []) for line in printed(output).split("\n")
-    ]
-    return [line for line in lines if line.startswith("Validation accuracy")]
+    return [line for line in printed_lines(notebook) if line.startswith("Validation accuracy")]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--in-place", action="store_true")
     args = parser.parse_args()
+    look_for_messages_every_second()
     report = []
     for notebook in args.notebooks:
         target = ROOT / "outputs" / notebook.name

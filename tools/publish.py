@@ -1,6 +1,6 @@
-"""Tell the notebooks and the README where the project is published, for Colab to fetch it from, and add its badges.
+"""Tell notebooks and README where the project is published, so that Colab can fetch it, and add its badges.
 
-python tests/publish.py https://github.com/owner/name
+python tools/publish.py https://github.com/owner/name
 """
 
 import re

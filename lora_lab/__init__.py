@@ -1,0 +1,1 @@
+"""Hold what notebooks and benchmarks need around `lora_utils`: data, training, comparing and drawing."""
