@@ -90,7 +90,7 @@ class LoRALayer(nn.Module):
             return F.linear(x, self.merged_weight, self.base.bias)
         x = _cast_for_autocast(x)
         A, B = (matrix.to(x.dtype) for matrix in self.low_rank())
-        if self.dropout.training and self.dropout.p:  # the update sees other numbers than the base
+        if self.dropout.training and self.dropout.p:  # dropout is for the update only
             y = self.base(x)  # (..., out)
             h = F.linear(self.dropout(x), A)  # (..., rank)
             return y + self.scaling * F.linear(h, B)
@@ -163,7 +163,7 @@ class _LoRAFunction(torch.autograd.Function):
 
         B: scaling · gᵀ h        A: scaling · (g B)ᵀ x        x: g W + scaling · (g B) A
 
-    Shapes: x (n, in), A (rank, in), B (out, rank), all in one dtype; h (n, rank), y and g (n, out).
+    Shapes: x (n, in), A (rank, in), B (out, rank), h (n, rank), y and g (n, out), all in one dtype.
     """
 
     @staticmethod
@@ -173,7 +173,7 @@ class _LoRAFunction(torch.autograd.Function):
             W = None  # backward decodes it again, so that no decoded weight is kept
             y = base._forward_frozen(x)  # (n, out)
         else:
-            W = base.weight  # saved, so that autograd notices if somebody changes it before backward
+            W = base.weight  # autograd refuses a backward pass if somebody changed it meanwhile
             bias = None if base.bias is None else base.bias.to(x.dtype)
             y = F.linear(x, W.to(x.dtype), bias)  # (n, out)
         ctx.save_for_backward(x, A, B, h, W)
@@ -211,9 +211,9 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Returns q, int8 (rows, n), and scale, float32 (rows, 1). A row of zeros gets the scale 0 and decodes to zeros.
     Raises ValueError for other bits, and for values that are not finite.
 
-    The half step makes the grid symmetric, so that none of the 2^bits integers is wasted. Up to 6 bits, ten clipping
-    thresholds are tried and the one with the smallest squared error is kept. Then the scale is refitted by least
-    squares. It has 16 binary digits, so that scale · (q + ½) is exact and rounding twice changes nothing.
+    The half step makes the grid symmetric, so that none of the 2^bits integers is wasted. Up to 6 bits, we try ten
+    clipping thresholds and keep the one with the smallest squared error. Then we refit the scale by least squares.
+    The scale has 16 significant bits, so that scale · (q + ½) is exact and rounding twice changes nothing.
 
     Source: Gersho and Gray 1992, "Vector Quantization and Signal Compression", chapter 5 (the mid-rise quantiser);
     Sung, Shin and Hwang 2015, "Resiliency of Deep Neural Networks under Quantization" (the step of least squares).
@@ -241,25 +241,25 @@ def _check_finite(what, tensor):
 def _round_to_grid(x, bits):
     """Return the levels q + ½ that `quantize` rounds to, float32 (rows, n), and the scale, float32 (rows, 1)."""
     top = 2 ** (bits - 1) - 0.5  # the outermost level
-    x = x.detach().float().contiguous()  # or a row would be summed in another order and differ in its last bit
+    x = x.detach().float().contiguous()  # contiguous, because the order of a sum changes its last bit
     largest = x.abs().amax(-1, keepdim=True)  # (rows, 1)
     unit = x / largest.where(largest > 0, 1)  # (rows, n), from -1 to 1
 
     # Try to clip at 1.0, 0.9, ..., 0.1 of the largest value. With 7 or 8 bits only the first is tried.
     trials = 10 if bits < 7 else 1
     thresholds = torch.arange(10, 10 - trials, -1, device=x.device)
-    steps = thresholds.view(-1, 1, 1) / (10 * top)  # (trials, 1, 1)
-    levels = (unit / steps).floor_().add_(0.5).clamp_(-top, top)  # (trials, rows, n)
-    error = (levels * steps).sub_(unit).square_().sum(-1)  # (trials, rows)
+    steps = thresholds.view(-1, 1, 1) / (10 * top)  # (trials, 1, 1), from one level to the next
+    trial = (unit / steps).floor_().add_(0.5).clamp_(-top, top)  # (trials, rows, n), levels q + ½
+    error = (trial * steps).sub_(unit).square_().sum(-1)  # (trials, rows)
     best = error.argmin(0)  # (rows,)
-    levels = levels[best, torch.arange(len(x), device=x.device)]  # (rows, n)
+    levels = trial[best, torch.arange(len(x), device=x.device)]  # (rows, n)
 
     step = (unit * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)  # (rows, 1), least squares
     largest_scale = (1 - 2**-15) * torch.finfo(torch.float32).max / top  # a larger one would decode to infinity
     scale = (largest * step).clamp(max=largest_scale)
-    # Round the scale to 16 binary digits: add half of the 256 that the last 8 of its 24 digits count, cut them off.
-    digits = scale.view(torch.int32).add(0x80).bitwise_and(~0xFF)
-    return levels, digits.view(torch.float32)
+    # Round the scale to 16 significant bits: add half a unit, then clear the last 8 bits.
+    rounded = scale.view(torch.int32).add(0x80).bitwise_and(~0xFF)
+    return levels, rounded.view(torch.float32)
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ class QuantizedLoRALayer(_Float32Scales, LoRALayer):
 
         y = base(x) + scaling · dropout(x) Âᵀ B̂ᵀ        Â, B̂: A and B as `quantize` rounds them
 
-    In training A and B are float32 and are seen through the rounding, which passes the gradient straight through.
+    In training, A and B are float32 parameters, and the forward pass uses their rounded values.
     `pack` drops them and keeps packed integers and scales. `unpack` makes them float32 and trainable again.
     `bits` of each number of A and B are 2 to 8. The other arguments are those of `LoRALayer`.
     Raises ValueError as `LoRALayer` does, and for other bits.
@@ -342,7 +342,7 @@ class QuantizedLoRALayer(_Float32Scales, LoRALayer):
             self.register_buffer(name, None)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """Return A (rank, in) and B (out, rank) as their integers decode, with the gradient of A and B themselves."""
+        """Return the rounded A (rank, in) and B (out, rank). In training, gradients pass straight through."""
         if self.packed:
             A = unpack(self.A_codes, self.bits, (self.rank, self.base.in_features))  # (rank, in)
             B = unpack(self.B_codes, self.bits, (self.rank, self.base.out_features))  # (rank, out)
@@ -407,20 +407,16 @@ _FRACTIONS = torch.cat([10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2 for i, ed
 _DYNAMIC_8BIT_CODE = torch.cat([_FRACTIONS, -_FRACTIONS, torch.tensor([0.0, 1.0])]).sort().values
 
 
-def _nearest_code(values, code):
-    """Return the index, uint8, of the nearest value of a sorted code. Of two equally near, take the lower."""
-    return torch.bucketize(values, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
-
-
 class _QuantizedWeight(_Float32Scales):
     """Store a frozen matrix as packed codes with the scales to decode them.
 
     bits 8: int8, one scale per row: W ≈ q · absmax / 127.
-    bits 4: NF4 in blocks of 64 along the rows, one scale per block: W ≈ code · absmax. The scales are 8-bit codes
-    themselves, in blocks of 256, around their mean ("double quantisation"): 4.127 bits per weight instead of 4.5.
+    bits 4: NF4 in blocks of 64 along the rows, one scale per block: W ≈ code · absmax. Each scale is itself an 8-bit
+    code in a block of 256, around the mean of all scales ("double quantisation"). This takes 4.127 bits per weight
+    instead of 4.5.
 
-    Source: Dettmers et al. 2022, "LLM.int8()" (vector-wise quantisation); Dettmers et al. 2023, "QLoRA", section 3.
-    Bytes and float32 values are those of bitsandbytes; the 8-bit codes of NF4's scales are within one.
+    Source: Dettmers et al. 2022, "LLM.int8()" (vector-wise quantisation). Dettmers et al. 2023, "QLoRA", section 3.
+    Codes and float32 values equal those of bitsandbytes. The codes of NF4's scales differ by at most one.
     """
 
     BLOCK_SIZE = 64
@@ -443,7 +439,7 @@ class _QuantizedWeight(_Float32Scales):
         rows = max(1, self.CHUNK_SIZE // weight.shape[1])
         for chunk, place in zip(weight.split(rows), codes.split(rows), strict=True):
             absmax = chunk.abs().amax(1, keepdim=True).float()  # (rows, 1)
-            inverse = (127.0 / absmax.where(absmax > 0, 1)).clamp(max=torch.finfo(torch.float32).max)
+            inverse = (127.0 / absmax.where(absmax > 0, 1)).clamp(max=torch.finfo(torch.float32).max)  # (rows, 1)
             place.copy_((chunk.float() * inverse).round())
             scales.append(absmax)
         absmax = torch.cat(scales)  # (out, 1)
@@ -482,11 +478,13 @@ class _QuantizedWeight(_Float32Scales):
         """Return the codes of `values`, padded to whole blocks, and the largest absolute value of each block."""
         blocks = F.pad(values, (0, -len(values) % size)).view(-1, size)  # (blocks, size)
         absmax = blocks.abs().amax(1, keepdim=True)  # (blocks, 1)
-        scaled = (blocks * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1)
-        return _nearest_code(scaled, code).flatten(), absmax.flatten()
+        scaled = (blocks * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1)  # (blocks, size)
+        midpoints = (code[:-1] + code[1:]) / 2
+        nearest = torch.bucketize(scaled, midpoints, out_int32=True)  # of two equally near, the lower
+        return nearest.to(torch.uint8).flatten(), absmax.flatten()
 
     def _nf4_scales(self, blocks=None):
-        """Decode the scales of the NF4 blocks with these numbers, or of all blocks, float32 (blocks,)."""
+        """Decode the scales of the NF4 blocks at these indices, or of all blocks: float32 (blocks,)."""
         scale_codes = self.scale_codes
         if blocks is None:
             absmax = self.absmax.repeat_interleave(self.SCALE_BLOCK_SIZE)[: len(scale_codes)]
@@ -497,7 +495,7 @@ class _QuantizedWeight(_Float32Scales):
         return scales.add_(self.offset).clamp_(max=torch.finfo(torch.float32).max)
 
     def _decode_nf4(self, codes, scales, dtype):
-        """Decode bytes with the scales of their blocks, in one row: exact in float32, rounded in 16 bits."""
+        """Decode bytes with the scales of their blocks into a flat tensor: exact in float32, rounded in 16 bits."""
         table = self.byte_table  # (256,)
         in_16_bits = dtype.itemsize == 2
         if in_16_bits:
@@ -516,7 +514,7 @@ class _QuantizedWeight(_Float32Scales):
         return (codes * (absmax / 128) * (128 / 127)).to(dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Decode the matrix: exact in float32, rounded on the way in a 16-bit dtype."""
+        """Decode the matrix (out, in). It is exact in float32. In a 16-bit dtype, code and scale are rounded first."""
         if self.bits == 8:
             return self._decode_int8(self.codes, self.absmax, dtype)
         values = self._decode_nf4(self.codes, self._nf4_scales(), dtype)
@@ -529,16 +527,16 @@ class _QuantizedWeight(_Float32Scales):
 class QuantizedLinear(_QuantizedWeight):
     """Compute a frozen linear layer from a weight in 8 or 4 bits. Use it wherever a frozen `nn.Linear` stands.
 
-        4 bits: y = x Ŵᵀ + b. Ŵ is decoded for the product, dropped, and decoded again on the way back.
+        4 bits: y = x Ŵᵀ + b. Ŵ is decoded for the product, dropped, and decoded again in the backward pass.
         8 bits: y = s · (x Qᵀ) + b. The integers Q are exact in the dtype of x. s holds the scale of each of W's rows.
-            With `int8_arithmetic`, x ≈ t · X is rounded to 8 bits too, with a scale t for each of its rows:
+            With `int8_arithmetic`, x ≈ t · X is rounded to 8 bits too, with one scale t per row:
             y = s · t · (X Qᵀ) + b. The gradient is always that of the exact product.
 
     Args:
         linear: the layer to quantise. Its bias is kept and frozen.
         bits: 8 (int8 by row) or 4 (NF4).
 
-    `int8_arithmetic` starts as `detect_compute_format` says and may be set. It works on a CPU, in float32 and bfloat16.
+    `int8_arithmetic` is set from `detect_compute_format`. You can change it. It works on a CPU in float32 and bfloat16.
     Shapes: x (..., in) to y (..., out), in the dtype of x.
     Raises ValueError for other bits, and for a weight with values that are not finite.
     """
@@ -570,7 +568,7 @@ class QuantizedLinear(_QuantizedWeight):
         """Compute t · (X Qᵀ), (n, out), in the dtype of x. The sums are exact, in 32 bits."""
         t = x.abs().amax(-1, keepdim=True).float() / 127  # (n, 1)
         t = t.clamp_(min=torch.finfo(torch.float32).tiny)
-        X = (x * (1 / t)).round_().to(torch.int8)  # (n, in); 1 / t is float32, and so is the product
+        X = (x * (1 / t)).round_().to(torch.int8)  # (n, in), multiplied in float32
         return torch._int_mm(X, self.codes.T).to(x.dtype).mul_(t.to(x.dtype))
 
     def _input_gradient(self, g):
@@ -582,7 +580,7 @@ class QuantizedLinear(_QuantizedWeight):
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
-    """Compute y = x Wᵀ + b with a frozen, quantised W, and keep nothing decoded for the way back."""
+    """Compute y = x Wᵀ + b with a frozen, quantised W, and save nothing decoded for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -598,8 +596,8 @@ class _FrozenLinearFunction(torch.autograd.Function):
 class QuantizedEmbedding(_QuantizedWeight):
     """Look up rows of a frozen embedding in 8 or 4 bits. Only the rows that are looked up are decoded.
 
-    NF4 needs rows of whole blocks, so a width that is not a multiple of 64 is stored as int8 whatever `bits` says.
-    The rows come out in `dtype`, and after `model.to(dtype)` in that one.
+    NF4 needs a width that is a multiple of 64. Other widths are stored as int8.
+    Rows are returned in `dtype`, which `model.to(dtype)` changes.
     Shapes: ids (...) to rows (..., width). Raises ValueError as `QuantizedLinear` does.
     """
 
@@ -615,15 +613,13 @@ class QuantizedEmbedding(_QuantizedWeight):
             values = self._decode_int8(self.codes.index_select(0, rows), self.absmax.index_select(0, rows), dtype)
         else:
             blocks_per_row = width // self.BLOCK_SIZE
-            blocks = rows[:, None] * blocks_per_row + torch.arange(blocks_per_row, device=rows.device)
+            blocks = rows[:, None] * blocks_per_row + torch.arange(blocks_per_row, device=rows.device)  # (n, blocks)
             codes = self.codes.view(self.shape[0], -1).index_select(0, rows)  # (n, width / 2)
             values = self._decode_nf4(codes, self._nf4_scales(blocks.flatten()), dtype)
         return values.view(*ids.shape, width)
 
 
 # 4. BERT -------------------------------------------------------------------------------------------
-
-_HEAD = "classifier"
 
 # The features that oneDNN may use when ONEDNN_MAX_CPU_ISA caps the CPU at an older instruction set.
 _ISA_FEATURES = {"SSE41": (), "AVX": (), "AVX2": (), "AVX2_VNNI": ("avx_vnni",), "AVX2_VNNI_2": ("avx_vnni",)}
@@ -640,10 +636,10 @@ class _ComputeFormat(NamedTuple):
 def detect_compute_format() -> _ComputeFormat:
     """Return what this machine computes in fastest: (dtype, attention, int8).
 
-    dtype: for the frozen weights, bfloat16 if the machine multiplies in it, otherwise, or in doubt, float32.
-    attention: transformers' name. On a CPU "eager", because fused attention has a very slow bfloat16 backward there.
-    int8: whether `QuantizedLinear` multiplies 8 bits in integers. It does on CPUs with the instructions named VNNI and
-        without those named AMX, which multiply bfloat16 faster still.
+    dtype: of the frozen weights. It is bfloat16 if the machine multiplies in bfloat16, and float32 in all other cases.
+    attention: as transformers names it. It is "eager" on a CPU, where fused attention has a slow bfloat16 backward.
+    int8: whether `QuantizedLinear` multiplies 8-bit integers. It does on CPUs that have VNNI but not AMX, because AMX
+        multiplies bfloat16 faster.
     """
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -659,7 +655,7 @@ def detect_compute_format() -> _ComputeFormat:
 
 
 def match_targets(names: Iterable[str], target_modules: str | Iterable[str]) -> list[str]:
-    """Return the names of the linear layers that `target_modules` means, in the model's order, by PEFT's rules.
+    """Return the names of the linear layers that `target_modules` selects, in the model's order, by PEFT's rules.
 
     `target_modules` is a list of names, each matched at the end of a layer's path ("query", "output.dense"). Or it is
     a string: "all-linear" for every layer, else a regular expression that matches the whole path.
@@ -689,10 +685,8 @@ def match_targets(names: Iterable[str], target_modules: str | Iterable[str]) -> 
 
 def _checkpoint_folder(model_name, folder):
     """Return the folder to load a base from: `folder`, a folder named by `model_name`, or the hub's snapshot."""
-    if folder is not None:
-        return Path(folder)
-    if Path(model_name).is_dir():
-        return Path(model_name)
+    if folder is not None or Path(model_name).is_dir():
+        return Path(folder or model_name)
     try:
         wanted = ["*.json", "*.txt", "model.safetensors"]
         return Path(huggingface_hub.snapshot_download(model_name, allow_patterns=wanted))
@@ -703,7 +697,7 @@ def _checkpoint_folder(model_name, folder):
 
 
 def _set_num_labels(config, num_labels):
-    """Give a BERT's config so many classes. Two get their names in SST-2."""
+    """Set the number of classes in a BERT's config. Two classes are named as in SST-2."""
     config.num_labels = num_labels
     if num_labels == 2:
         config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
@@ -711,7 +705,7 @@ def _set_num_labels(config, num_labels):
 
 
 def _load_frozen(model, model_name, file, dtype, base_bits):
-    """Fill a BERT on the meta device from a checkpoint, frozen. Draw a new head if the checkpoint has none.
+    """Load a checkpoint into a frozen BERT on the meta device. Draw a new head if the checkpoint has none.
 
     Each tensor is quantised or cast before the next is read, so that the checkpoint is never in memory as a whole.
     """
@@ -719,21 +713,21 @@ def _load_frozen(model, model_name, file, dtype, base_bits):
     with safe_open(file, "pt") as opened:
         for key in opened.keys():  # noqa: SIM118
             name = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-            keys[name if name.startswith(("bert.", _HEAD)) else f"bert.{name}"] = key
-    missing = [name for name, _ in model.named_parameters() if name not in keys and not name.startswith(_HEAD)]
+            keys[name if name.startswith(("bert.", "classifier.")) else f"bert.{name}"] = key
+    missing = [name for name, _ in model.named_parameters() if name not in keys and not name.startswith("classifier.")]
     if missing:
         raise ValueError(f"{model_name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}")
     positions = torch.arange(model.config.max_position_embeddings)[None]  # buffers that no file holds
     model.bert.embeddings.position_ids = positions
     model.bert.embeddings.token_type_ids = torch.zeros_like(positions)
 
-    for path in [path for path, _ in model.named_modules()]:  # a list of modules would keep each float weight alive
+    for path in [path for path, _ in model.named_modules()]:  # a list of modules would keep all weights
         module = model.get_submodule(path)
-        quantized = base_bits and path != _HEAD and isinstance(module, (nn.Linear, nn.Embedding))
+        quantized = base_bits and path != "classifier" and isinstance(module, (nn.Linear, nn.Embedding))
         for kind, empty in list(module.named_parameters(recurse=False)):
             name = f"{path}.{kind}"
             if name in keys:
-                with safe_open(file, "pt") as opened:  # opened for each tensor, or all read so far stays mapped
+                with safe_open(file, "pt") as opened:  # once per tensor, so that no tensor stays mapped
                     tensor = opened.get_tensor(keys[name])
                 if not (quantized and kind == "weight"):
                     tensor = tensor.to(dtype, copy=True)
@@ -761,7 +755,7 @@ def _last_block_cls(block, hidden, mask):
     def split_heads(x):
         return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, width)
 
-    cls = hidden[:, :1].contiguous()  # (batch, 1, width); without a copy of its own each product below would make one
+    cls = hidden[:, :1].contiguous()  # (batch, 1, width), contiguous so that no product below copies it
     query = split_heads(attention.query(cls))  # (batch, heads, 1, head width)
     key = split_heads(attention.key(hidden))  # (batch, heads, tokens, head width)
     value = split_heads(attention.value(hidden))  # (batch, heads, tokens, head width)
@@ -777,20 +771,20 @@ class LoRABertModel(nn.Module):
     """Classify sentences with a BERT in which only low-rank updates and the classifier head are trained.
 
     The linear layers that `target_modules` names become `LoRALayer`s. All other weights are frozen except the head's,
-    which is trained in float32. The backbone's dropout is off: it costs time, and no gain from it was seen.
+    which is trained in float32. The backbone's dropout is off, because it costs time and we saw no gain from it.
 
     Args:
         model_name: a hub id or a folder. Saved adapters name their base by it.
-        folder: the folder to load the base from, if `model_name` is only to be recorded.
+        folder: where to load the base from. `model_name` is then only recorded.
         rank, alpha, dropout, use_rslora: of every `LoRALayer`.
-        target_modules: what PEFT means by it (see `match_targets`). "all-linear" includes the pooler's layer.
+        target_modules: as in PEFT (see `match_targets`). "all-linear" includes the pooler's layer.
         num_labels: the number of classes.
         dtype: of the frozen weights. None takes bfloat16 if the machine computes in it, otherwise float32.
 
-    Attributes: `model` is the `BertForSequenceClassification` with the layers in it. `options` holds what an adapter
-    decides. `fingerprint` is the SHA-256 of the base's model.safetensors, as the hub shows it.
-    Raises ValueError before any weights are loaded, for an argument out of range, a target that names no layer, a
-    model that is not there, a checkpoint that is not a BERT.
+    Attributes: `model` is the `BertForSequenceClassification` with the layers in it. `options` holds the settings that
+    are saved with an adapter. `fingerprint` is the SHA-256 of the base's model.safetensors, as the hub shows it.
+    Raises ValueError for a wrong argument, target or model before any weights are loaded, and for a checkpoint that
+    lacks a tensor or has one of another shape.
     Source: Hu et al. 2021, sections 4.2 (which weights to adapt) and 5. Names and file format are PEFT's.
     """
 
@@ -811,10 +805,8 @@ class LoRABertModel(nn.Module):
             raise ValueError(f"num_labels is {options['num_labels']!r}: it must be a whole number of 2 or more")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype is {dtype!r}: allowed are None and torch's floating-point types")
-        if isinstance(options["target_modules"], set):
-            options["target_modules"] = sorted(options["target_modules"])
-        elif isinstance(options["target_modules"], tuple):
-            options["target_modules"] = list(options["target_modules"])  # as JSON has it
+        if isinstance(options["target_modules"], (tuple, set)):
+            options["target_modules"] = sorted(options["target_modules"], key=str)  # a list, as JSON has it
         self.model_name = str(model_name)
         folder = _checkpoint_folder(self.model_name, folder)
         config = AutoConfig.from_pretrained(_require_file(folder, "config.json", "a BERT checkpoint").parent)
@@ -832,7 +824,7 @@ class LoRABertModel(nn.Module):
         config.classifier_dropout = None
         with torch.device("meta"):  # shapes only: a wrong target or rank is refused before any weights are loaded
             self.model = BertForSequenceClassification(config)
-        self._new_layers(options)
+        self._new_layers(options)  # only to check the options
 
         file = _require_file(folder, "model.safetensors", "a BERT checkpoint")
         with open(file, "rb") as opened:
@@ -849,11 +841,11 @@ class LoRABertModel(nn.Module):
         return LoRALayer(base, **{name: options[name] for name in ("rank", "alpha", "dropout", "use_rslora")})
 
     def _new_layers(self, options):
-        """Return {name: new layer} around each frozen linear layer that the options name. The model stays as it is."""
+        """Build {name: layer} for every targeted linear layer. The model does not change."""
         linear = {}
         for name, module in self.model.named_modules():
-            if isinstance(module, (nn.Linear, QuantizedLinear)) and name != _HEAD:
-                linear[name.removesuffix(".base")] = module  # of an adapted layer, the base
+            if isinstance(module, (nn.Linear, QuantizedLinear)) and name != "classifier":
+                linear[name.removesuffix(".base")] = module  # an adapted layer's base
         targets = match_targets(linear, options["target_modules"])
         return {name: self._new_layer(linear[name], options).train(self.training) for name in targets}
 
@@ -889,7 +881,7 @@ class LoRABertModel(nn.Module):
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Return what the head reads of each sentence: the pooler's output, (batch, width)."""
+        """Return the pooler's output, which the head reads: (batch, width)."""
         bert = self.model.bert
         hidden = bert.embeddings(input_ids, token_type_ids)  # (batch, tokens, width)
         mask = None
@@ -903,11 +895,35 @@ class LoRABertModel(nn.Module):
         return bert.pooler(_last_block_cls(last, hidden, mask))
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, and of how many. A quantised weight counts its numbers, not bytes."""
+        """Print the number of trained and of all parameters. A quantised weight counts by its elements."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         quantized = sum(math.prod(m.shape) for m in self.modules() if isinstance(m, _QuantizedWeight))
         total = quantized + sum(p.numel() for p in self.parameters())
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+
+    @torch.no_grad()
+    def merge_and_unload(self) -> BertForSequenceClassification:
+        """Return a plain float32 BERT that computes what this model computes. This model stays as it is.
+
+        Each update is added to its stored weight in float32. A base stored in bfloat16 keeps its rounding: load with
+        dtype=torch.float32 to merge into the checkpoint's own weights. The checkpoint's dropout is restored.
+        A quantised base is decoded. Quantising the result again would lose most of a small update
+        (`qLoRA_implementation.ipynb`, "Merging into a quantised base").
+        """
+        weights = {}
+        for name, tensor in self.model.state_dict().items():
+            if name.endswith((".weight", ".bias")):
+                weights[name.replace(".base.", ".")] = tensor.float()
+        for name, module in self.model.named_modules():
+            if isinstance(module, _QuantizedWeight):
+                weights[f"{name.removesuffix('.base')}.weight"] = module.dequantize()
+        for name, layer in self.lora_layers().items():
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.delta_weight()  # (out, in)
+        plain = BertForSequenceClassification(copy.deepcopy(self.checkpoint_config))
+        plain.load_state_dict(weights)
+        return plain.to(self.model.device).eval()
+
+    # Saving and loading (skip at first reading)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Return {PEFT's name: tensor} of everything that is trained: each A and B, and the head."""
@@ -921,7 +937,7 @@ class LoRABertModel(nn.Module):
             A, B = layer.low_rank()
             state[f"base_model.model.{name}.lora_A.weight"] = A  # (rank, in)
             state[f"base_model.model.{name}.lora_B.weight"] = B  # (out, rank)
-        return state | dict(head.named_parameters(f"base_model.model.{_HEAD}"))
+        return state | dict(head.named_parameters("base_model.model.classifier"))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter and head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
@@ -976,7 +992,7 @@ class LoRABertModel(nn.Module):
 
     @classmethod
     def _options_of(cls, folder, config, tensors, record):
-        """Return the constructor's options for an adapter of PEFT's. Refuse features that are not here."""
+        """Return the constructor's options for an adapter of PEFT's. Refuse features that we do not have."""
         for field, value in config.items():
             accepted = _PEFT_ACCEPTED.get(field, (None, False, "", [], {}))
             if field not in _PEFT_NAMES and field not in _PEFT_IGNORED and value not in accepted:
@@ -985,36 +1001,14 @@ class LoRABertModel(nn.Module):
         missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in config]
         if missing:
             raise ValueError(f"{folder}: the config lacks {', '.join(missing)}, which save_pretrained writes")
-        options = {"dropout": 0.0, "use_rslora": False}  # what PEFT means by leaving them out
+        options = {"dropout": 0.0, "use_rslora": False}  # PEFT's defaults for absent fields
         options |= {ours: config[theirs] for theirs, ours in _PEFT_NAMES.items() if theirs in config}
-        bias = tensors.get(f"base_model.model.{_HEAD}.bias")
+        bias = tensors.get("base_model.model.classifier.bias")
         return options | {"num_labels": 2 if bias is None else bias.numel()}
-
-    @torch.no_grad()
-    def merge_and_unload(self) -> BertForSequenceClassification:
-        """Return a plain float32 BERT that computes what this model computes. This model stays as it is.
-
-        Each update is added to its stored weight in float32. A base stored in bfloat16 keeps its rounding: load with
-        dtype=torch.float32 to merge into the checkpoint's own weights. The checkpoint's dropout is restored.
-        A quantised base is decoded. Quantising the result again would lose most of a small update
-        (`qLoRA_implementation.ipynb`, "Merging into a quantised base").
-        """
-        weights = {}
-        for name, tensor in self.model.state_dict().items():
-            if name.endswith((".weight", ".bias")):
-                weights[name.replace(".base.", ".")] = tensor.float()
-        for name, module in self.model.named_modules():
-            if isinstance(module, _QuantizedWeight):
-                weights[f"{name.removesuffix('.base')}.weight"] = module.dequantize()
-        for name, layer in self.lora_layers().items():
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.delta_weight()  # (out, in)
-        plain = BertForSequenceClassification(copy.deepcopy(self.checkpoint_config))
-        plain.load_state_dict(weights)
-        return plain.to(self.model.device).eval()
 
 
 class qLoRABertModel(LoRABertModel):
-    """Classify sentences as `LoRABertModel` does, with A and B in a few bits, and the frozen weights too if asked for.
+    """Classify sentences as `LoRABertModel` does, with A and B, and optionally the frozen weights, in a few bits.
 
     Args:
         bits: of each number of A and B, 2 to 8.
@@ -1022,7 +1016,7 @@ class qLoRABertModel(LoRABertModel):
             every frozen linear layer except the head, and the embeddings.
 
     The other arguments are those of `LoRABertModel`. Raises ValueError as it does, and for other bits.
-    Source: for the quantised base Dettmers et al. 2023, "QLoRA", section 3; for the rest see `QuantizedLoRALayer`.
+    Source: for the quantised base, Dettmers et al. 2023, "QLoRA", section 3. For the rest see `QuantizedLoRALayer`.
     """
 
     FILES = ("quantized_config.json", "adapter_quantized.safetensors")  # names that PEFT does not read
@@ -1056,10 +1050,12 @@ class qLoRABertModel(LoRABertModel):
         for layer in self.lora_layers().values():
             layer.unpack()
 
+    # Saving and loading (skip at first reading)
+
     def save_pretrained(self, folder: str | Path, peft: bool = False) -> None:
         """Write integers, scales and head: `quantized_config.json` and `adapter_quantized.safetensors`.
 
-        With `peft`, write PEFT's two files as well, with A and B as they decode. The model stays as it is.
+        With `peft`, also write PEFT's two files, with A and B decoded. The model stays as it is.
         """
         config = {"base_model_name_or_path": self.model_name, **self.options}
         tensors = self._state(self.lora_layers(), self.model.classifier)
@@ -1073,7 +1069,7 @@ class qLoRABertModel(LoRABertModel):
         for name, layer in layers.items():
             for part, tensor in layer.packed_tensors().items():
                 state[f"{name}.{part}"] = tensor
-        return state | dict(head.named_parameters(_HEAD))
+        return state | dict(head.named_parameters("classifier"))
 
     @classmethod
     def _options_of(cls, folder, config, tensors, record):
@@ -1091,7 +1087,7 @@ class qLoRABertModel(LoRABertModel):
 
 
 class LengthGroupedBatches(Sampler):
-    """Make batches, as lists of indices, of sentences of similar length, so that little padding is computed.
+    """Yield batches of indices of sentences of similar length, so that little padding is needed.
 
     With `shuffle`: shuffle all sentences, sort them by length inside windows of 50 batches, cut them into batches, and
     shuffle the batches. Without: sort by length once. The order depends only on the arguments and the epoch.
@@ -1145,17 +1141,17 @@ def make_loader(split, tokenizer, batch_size: int = 32, shuffle: bool = False, s
     rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
     lengths = [len(row["input_ids"]) for row in rows]
     batches = LengthGroupedBatches(lengths, batch_size, shuffle, seed)
-    generator = torch.Generator()  # from PyTorch's own it would draw a number per epoch, and a resumed run one more
+    generator = torch.Generator()  # its own, so that a resumed run draws the same numbers from PyTorch's
     return DataLoader(rows, batch_sampler=batches, collate_fn=DataCollatorWithPadding(tokenizer), generator=generator)
 
 
 def wilson_interval(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `right` in `n`, two numbers from 0 to 1.
+    """Return Wilson's interval of the share right / n, two numbers from 0 to 1. The default z gives 95 %.
 
         (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)        p = right / n
 
     Raises ValueError for n below 1, and for `right` outside 0 to n.
-    Source: Wilson 1927; Brown, Cai and DasGupta 2001.
+    Source: Wilson 1927. Brown, Cai and DasGupta 2001.
     """
     if not 0 <= right <= n or n < 1:
         raise ValueError(f"{right} right of {n}: n must be 1 or more, and right from 0 to n")
@@ -1164,7 +1160,7 @@ def wilson_interval(right: int, n: int, z: float = 1.959964) -> tuple[float, flo
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
     low = (p + z2 / 2 - half) / (1 + z2)
     high = (p + z2 / 2 + half) / (1 + z2)
-    return max(0.0, min(low, p)), min(1.0, max(high, p))  # rounding must leave neither 0 to 1 nor p outside
+    return max(0.0, min(low, p)), min(1.0, max(high, p))  # p stays inside, despite rounding
 
 
 class Evaluation(NamedTuple):
@@ -1204,8 +1200,8 @@ def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
 
 # 6. Files: an adapter as PEFT writes it, and as packed integers (skip at first reading) --------------
 
-# PEFT's field names for our options; other fields and the values we accept; fields that do not affect the computation.
-# Any other field that is not empty asks for a feature that is not here.
+# PEFT's field names for our options, then other fields with the values that we accept, then fields that do not affect
+# the computation. We refuse any other field that has a value.
 _PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 _PEFT_NAMES |= {"use_rslora": "use_rslora", "target_modules": "target_modules"}
 _PEFT_ACCEPTED = {
@@ -1223,7 +1219,7 @@ _PEFT_IGNORED |= {"megatron_core", "qalora_group_size"}
 def _write_adapter(folder, names, config, tensors, fingerprint):
     """Write a config and its tensors. The tensors' metadata repeats the config and names the base.
 
-    Both are written to `.part` files and then renamed, so each file is whole, or as it was.
+    Both are written to `.part` files and then renamed, so that each file is complete or unchanged.
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -1295,7 +1291,7 @@ def _first_difference(found, expected):
 
 
 def _verify_base(folder, config, record, model):
-    """Refuse an adapter that was trained on another base. Warn if its files do not say on which."""
+    """Refuse an adapter of another base. Warn if its files do not tell its base."""
     base = (record or {}).get("base_sha256")
     if base is None:
         who, what = ("PEFT", "base and scaling") if record is None else ("an older version", "base")
@@ -1308,7 +1304,7 @@ def _verify_base(folder, config, record, model):
 
 @torch.no_grad()
 def _copy_exactly(slots, tensors, folder, widen):
-    """Copy tensors into those of the same names, shapes and dtypes. Refuse anything else before anything is copied.
+    """Copy tensors into slots of the same names, shapes and dtypes. Check everything first.
 
     With `widen`, float32 may be stored in 16 bits, as PEFT does for a model in 16 bits.
     """

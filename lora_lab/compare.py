@@ -88,23 +88,12 @@ def read_runs(file: str | Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def default_settings(runs: list[dict]) -> dict:
-    """Return the default settings of a sweep, as its own runs have them.
-
-    Only the runs with the default settings were also rounded after training, so these runs can be recognised.
-    """
-    for run in runs:
-        if "rounded" in run:
-            return run["settings"]
-    raise ValueError("no run was rounded after training, so the default is unknown: run benchmarks/sweep.py")
-
-
 def select(runs: list[dict], **changed) -> list[dict]:
     """Select the runs that have the default settings, except for the changed ones: one run per seed.
 
     `select(runs)` gives the default itself, `select(runs, rank=4)` the runs at rank 4.
     """
-    wanted = default_settings(runs) | changed
+    wanted = DEFAULT | changed
     return [run for run in runs if run["settings"] == wanted]
 
 

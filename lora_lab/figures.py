@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from lora_lab.compare import (
+    DEFAULT,
     accuracies,
     compare_seeds,
-    default_settings,
     describe,
     full_fine_tuning,
     head_bytes,
@@ -476,13 +476,12 @@ def draw_scaling_and_rate(runs: list[dict]) -> None:
     Args:
         runs: the runs of the sweep.
     """
-    default = default_settings(runs)
     scalings = set()
     rates = set()
     for run in runs:
         settings = run["settings"]
         varied = {"scaling": settings["scaling"], "learning_rate": settings["learning_rate"]}
-        if settings == default | varied:
+        if settings == DEFAULT | varied:
             scalings.add(settings["scaling"])
             rates.add(settings["learning_rate"])
     scalings = sorted(scalings)
@@ -523,11 +522,10 @@ def draw_targets(runs: list[dict]) -> None:
     Args:
         runs: the runs of the sweep.
     """
-    default = default_settings(runs)
     groups = {}  # {label: runs}
     for run in runs:
         targets = run["settings"]["targets"]
-        if run["settings"] == default | {"targets": targets}:
+        if run["settings"] == DEFAULT | {"targets": targets}:
             names = targets if isinstance(targets, str) else ", ".join(targets)
             label = f"{names}\n{run['trained_parameters']:,}"
             groups.setdefault(label, []).append(run)
@@ -540,14 +538,14 @@ def draw_targets(runs: list[dict]) -> None:
         group = groups[label]
         ax.plot(accuracies(group), [row] * len(group), "o", color=LORA, markersize=5, alpha=0.45)
         ax.plot(mean_accuracy(group), row, "o", color=LORA, markersize=9, markeredgecolor="white")
-        if group[0]["settings"] == default:
+        if group[0]["settings"] == DEFAULT:
             text = "the default"
         else:
             text = ", ".join(f"{test.p:.2g}" for test in compare_seeds(group, select(runs)))
         ax.text(1.01, row, text, **right_of_the_axes)
     ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
     ax.set(xlabel="validation accuracy, %")
-    ax.set_title(f"rank {default['rank']}; {describe(runs)}", fontsize=10)
+    ax.set_title(f"rank {DEFAULT['rank']}; {describe(runs)}", fontsize=10)
     ax.grid(axis="x", alpha=0.3)
     plt.show()
 
@@ -688,7 +686,7 @@ def draw_bits(runs: list[dict], own: tuple[int, Evaluation] | None = None, label
         ax.plot(widths.index(bits) - 0.3, 100 * result.accuracy, "*", color=INK, markersize=11, label=label)
     ax.set(xticks=range(len(widths)), xticklabels=widths)
     ax.set(xlabel="bits of A and B", ylabel="validation accuracy, %")
-    rank = default_settings(runs)["rank"]
+    rank = DEFAULT["rank"]
     ax.set_title(f"rank {rank}; {describe(runs)}", fontsize=10)
     fig.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     plt.show()

@@ -1,6 +1,8 @@
 """Round the matrices of a trained adapter: three ways, with nothing trained afterwards."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -19,20 +21,15 @@ def half_steps(rows: torch.Tensor, bits: int) -> torch.Tensor:
     return dequantize(*quantize(rows, bits))
 
 
-def absmax_pair(A: torch.Tensor, B: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round A (rank, in) and B (out, rank) by `absmax`, with one scale per rank."""
-    return absmax(A, bits), absmax(B.T, bits).T
-
-
-def half_steps_pair(A: torch.Tensor, B: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round A (rank, in) and B (out, rank) by `half_steps`, with one scale per rank."""
-    return half_steps(A, bits), half_steps(B.T, bits).T
+def round_apart(rounding: Callable, A: torch.Tensor, B: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round A (rank, in) and B (out, rank) by `absmax` or `half_steps`, with one scale per rank."""
+    return rounding(A, bits), rounding(B.T, bits).T
 
 
 def quantize_jointly(A: torch.Tensor, B: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a trained A (rank, in) and B (out, rank) so that their product B A changes little.
 
-    Correlated ranks can make up for each other's rounding error. Round one rank at a time, and fold its error into
+    Correlated ranks can compensate for each other's rounding error. Round one rank at a time, and fold its error into
     the remaining ranks by least squares: first in B, then in the A that fits that B best. Both results lie on the
     grid of `quantize`, so rounding them again changes nothing.
 
@@ -69,7 +66,8 @@ def _round_rows(rows, gram, bits):
     return rows
 
 
-WAYS = {"absmax": absmax_pair, "half steps": half_steps_pair, "together": quantize_jointly}
+WAYS = {"absmax": partial(round_apart, absmax), "half steps": partial(round_apart, half_steps)}
+WAYS["together"] = quantize_jointly
 
 
 @torch.no_grad()

@@ -72,15 +72,21 @@ def download_checkpoint(name: str) -> Path:
     Raises FileNotFoundError for a checkpoint without config.json, model.safetensors or a tokenizer.
     """
     wanted = ["config.json", "model.safetensors", "tokenizer*", "vocab.txt", "special_tokens_map.json"]
-    for cached in (True, False):
-        local_only = cached or not hub_is_reachable()
-        with contextlib.suppress(FileNotFoundError):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=local_only))
-            files = {file.name for file in folder.iterdir()}
-            has_tokenizer = "tokenizer.json" in files or "vocab.txt" in files
-            if has_tokenizer and {"config.json", "model.safetensors"} <= files:
-                return folder
+    with contextlib.suppress(FileNotFoundError):
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        if _is_complete(folder):
+            return folder
+    if hub_is_reachable():
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        if _is_complete(folder):
+            return folder
     raise FileNotFoundError(f"{name} is not there, or lacks config.json, model.safetensors or a tokenizer")
+
+
+def _is_complete(folder):
+    files = {file.name for file in folder.iterdir()}
+    has_tokenizer = "tokenizer.json" in files or "vocab.txt" in files
+    return has_tokenizer and {"config.json", "model.safetensors"} <= files
 
 
 @functools.cache

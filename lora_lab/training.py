@@ -96,11 +96,11 @@ def new_run(
 
 
 def train(run: Run, progress: bool = True):
-    """Train to the last step. After an interrupt or a kill, the same call goes on where the run stopped.
+    """Train to the last step. After an interrupt or a kill, the same call continues where the run stopped.
 
     A new run resumes from its checkpoint, if there is one. At the end the checkpoint is deleted.
-    If a checkpoint cannot be written, a warning says so and the training goes on.
-    Raises ValueError as `load_checkpoint`.
+    If a checkpoint cannot be written, a warning says so and the training continues.
+    Raises ValueError as `load_checkpoint` does.
     """
     first = run.accelerator.is_main_process
     if run.checkpoint_every and not run.losses and load_checkpoint(run.file, run):
@@ -254,14 +254,16 @@ def _read(file):
     """Read a checkpoint and compare its checksums, which PyTorch does not."""
     contents = io.BytesIO(file.read_bytes())
     try:
-        if damaged := zipfile.ZipFile(contents).testzip():
-            raise ValueError(f"wrong checksum of {damaged}")
+        damaged = zipfile.ZipFile(contents).testzip()
         contents.seek(0)
         checkpoint = torch.load(contents, map_location="cpu", weights_only=True)
-        return checkpoint.pop("required"), checkpoint
+        required = checkpoint.pop("required")
     except Exception as error:  # a damaged file can fail in many ways
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise ValueError(f"{file} is damaged, or no checkpoint of a run ({reason}): delete it to start again")
+        raise ValueError(f"{file} is damaged, or no checkpoint of a run ({reason}): delete it to start again") from None
+    if damaged:
+        raise ValueError(f"{file} is damaged (the checksum of {damaged} is wrong): delete it to start again")
+    return required, checkpoint
 
 
 def _required(run):

@@ -16,7 +16,6 @@ from lora_utils import (
     _NF4,
     QuantizedEmbedding,
     QuantizedLinear,
-    _nearest_code,
     dequantize,
     pack,
     quantize,
@@ -211,8 +210,11 @@ def test_the_code_of_the_scales_is_that_of_bitsandbytes():
 
 
 def test_the_nearest_code_of_a_tie_is_the_lower():
-    values = torch.tensor([-2.0, 0.4, 0.5, 0.6, 9.0])
-    assert _nearest_code(values, torch.tensor([0.0, 1.0])).tolist() == [0, 0, 0, 1, 1]
+    middles = (_NF4[:-1] + _NF4[1:]) / 2
+    layer = nn.Linear(64, 1, bias=False)
+    layer.weight.data = torch.cat([middles, torch.ones(49)])[None]  # the largest is 1, so the middles are not scaled
+    decoded = QuantizedLinear(layer, 4).dequantize()[0]
+    torch.testing.assert_close(decoded[:15] / decoded[-1], _NF4[:15])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -15,23 +15,24 @@ BADGE = re.compile(r"\n\n\[!\[[^]]*in Colab\].*")
 
 
 def badge(address, name):
-    page = (
-        f"https://colab.research.google.com/{address.removeprefix('https://').replace('.com', '', 1)}/blob/main/{name}"
-    )
+    """Return a Colab badge in Markdown that opens a notebook of the repository at `address`."""
+    repository = address.removeprefix("https://github.com/")
+    page = f"https://colab.research.google.com/github/{repository}/blob/main/{name}"
     return f"[![{name} in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({page})"
 
 
 def with_badges(text, address, *names):
-    """The text with the badges, and none of an earlier address, under its title."""
+    """Return the text with new badges below its title, which replace earlier ones."""
     title, rest = BADGE.sub("", text).split("\n\n", 1)
     return "\n\n".join([title, " ".join(badge(address, name) for name in names), rest])
 
 
 def publish(address, root=ROOT):
+    """Write the repository's address into README and notebooks. Raise ValueError for an address that is none."""
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+(?<!\.git)", address):
         raise ValueError(f"{address!r} is no address: it must be like https://github.com/owner/name")
     readme = root / "README.md"
-    readme.write_text(with_badges(readme.read_text(), address, *NOTEBOOKS))
+    readme.write_text(with_badges(readme.read_text(encoding="utf-8"), address, *NOTEBOOKS), encoding="utf-8")
     for name in NOTEBOOKS:
         notebook = nbformat.read(root / name, as_version=4)
         notebook.cells[0].source = with_badges(notebook.cells[0].source, address, name)
@@ -41,4 +42,4 @@ def publish(address, root=ROOT):
 
 
 if __name__ == "__main__":
-    publish("".join(sys.argv[1:]))
+    publish(sys.argv[1] if len(sys.argv) == 2 else "")
