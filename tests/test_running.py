@@ -248,13 +248,13 @@ def test_a_file_that_is_damaged_or_something_else_is_refused_and_the_run_stays_a
     flipped = contents[:position] + bytes([contents[position] ^ 1]) + contents[position + 1 :]
     for damaged in (contents[:-5], contents[: len(contents) // 2], flipped, b"", b"some text"):
         file.write_bytes(damaged)
-        refused(file, run, "damaged, or no checkpoint")
+        refused(file, run, "is damaged.*delete it")
 
     run.model.save_pretrained(tmp_path)
-    refused(tmp_path / "adapter_model.safetensors", run, "damaged, or no checkpoint")
+    refused(tmp_path / "adapter_model.safetensors", run, "is damaged.*delete it")
     for other in (run.model.adapter_state(), torch.zeros(1), {"required": Path("run")}):
         torch.save(other, file)
-        refused(file, run, "damaged, or no checkpoint")
+        refused(file, run, "is damaged.*delete it")
 
 
 def test_a_checkpoint_runs_no_code(make_run, tmp_path):
@@ -264,7 +264,7 @@ def test_a_checkpoint_runs_no_code(make_run, tmp_path):
 
     file = tmp_path / "run.pt"
     torch.save({"required": Harmful()}, file)
-    refused(file, make_run(), "damaged, or no checkpoint")
+    refused(file, make_run(), "is damaged.*delete it")
     assert not (tmp_path / "made").exists()
 
 
