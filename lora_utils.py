@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import uuid
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -248,7 +249,7 @@ def _round_to_grid(x, bits):
     # Try to clip at 1.0, 0.9, ..., 0.1 of the largest value. With 7 or 8 bits only the first is tried.
     trials = 10 if bits < 7 else 1
     thresholds = torch.arange(10, 10 - trials, -1, device=x.device)
-    steps = thresholds.view(-1, 1, 1) / (10 * top)  # (trials, 1, 1), from one level to the next
+    steps = thresholds.view(-1, 1, 1).float() / (10 * top)  # (trials, 1, 1), from one level to the next
     trial = (unit / steps).floor_().add_(0.5).clamp_(-top, top)  # (trials, rows, n), levels q + ½
     error = (trial * steps).sub_(unit).square_().sum(-1)  # (trials, rows)
     best = error.argmin(0)  # (rows,)
@@ -397,14 +398,14 @@ class QuantizedLoRALayer(_Float32Scales, LoRALayer):
 _NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
 _NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
 _NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
-_NF4 = torch.tensor(_NF4)
+_NF4 = torch.tensor(_NF4, dtype=torch.float32)
 # The two values that each byte of two codes stands for, (256,): two float32 seen as one int64.
 _NF4_BYTE_TABLE = torch.cartesian_prod(_NF4, _NF4).view(torch.int64).flatten()
 # The 8-bit code of NF4's own scales: 0, 1, and fractions of seven sizes. Source: Dettmers 2015, "8-Bit Approximations
 # for Parallelism in Deep Learning", as in bitsandbytes, functional.py, create_dynamic_map.
-_EDGES = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
+_EDGES = [torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32) for i in range(7)]
 _FRACTIONS = torch.cat([10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2 for i, edges in enumerate(_EDGES)])
-_DYNAMIC_8BIT_CODE = torch.cat([_FRACTIONS, -_FRACTIONS, torch.tensor([0.0, 1.0])]).sort().values
+_DYNAMIC_8BIT_CODE = torch.cat([_FRACTIONS, -_FRACTIONS, _FRACTIONS.new_tensor([0.0, 1.0])]).sort().values
 
 
 class _QuantizedWeight(_Float32Scales):
@@ -738,6 +739,7 @@ def _load_frozen(model, model_name, file, dtype, base_bits):
             if tensor.shape != empty.shape:
                 found, needed = tuple(tensor.shape), tuple(empty.shape)
                 raise ValueError(f"{model_name} has {name} of shape {found}, and {needed} is needed")
+            _check_finite(f"{model_name}: {name}", tensor)
             setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
         if quantized and isinstance(module, nn.Linear):
             model.set_submodule(path, QuantizedLinear(module, base_bits))
@@ -867,15 +869,18 @@ class LoRABertModel(nn.Module):
         """Return logits (batch, num_labels) in float32 and, given labels (batch,), the mean cross-entropy in nats.
 
         The other arguments have the shape (batch, tokens). The attention mask is 0 where a token is padding.
-        Raises ValueError for a label that is not one of 0..num_labels-1.
+        Raises ValueError for labels of another shape or dtype, and for one that is not among 0..num_labels-1.
         """
         pooled = self.encode(input_ids, attention_mask, token_type_ids)  # (batch, width)
         logits = self.model.classifier(pooled.to(self.model.classifier.weight.dtype)).float()  # (batch, num_labels)
         loss = None
         if labels is not None:
+            if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != logits.shape[:1]:
+                found = f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}"
+                raise ValueError(f"labels are {found}: they must be whole numbers, one for each sentence")
             if labels.min() < 0 or labels.max() >= logits.shape[-1]:
                 raise ValueError(f"labels are {labels.unique().tolist()}: allowed are 0 to {logits.shape[-1] - 1}")
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels.long())
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def encode(
@@ -939,12 +944,21 @@ class LoRABertModel(nn.Module):
             state[f"base_model.model.{name}.lora_B.weight"] = B  # (out, rank)
         return state | dict(head.named_parameters("base_model.model.classifier"))
 
+    def _refuse_unsaved(self):
+        """Raise ValueError for a trained parameter that an adapter's file does not hold."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not re.search(r"\.lora_[AB]$|^model\.classifier\.", name):
+                wrong = f"{name} is trained, and an adapter's file does not hold it"
+                raise ValueError(f"{wrong}: freeze it, or keep all weights by merge_and_unload()")
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter and head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
         `PeftModel.from_pretrained(bert, folder)` reads them. So does `from_pretrained` below, which also checks the
-        fingerprint of the base. Raises ValueError for values that are not finite, before anything is written.
+        fingerprint of the base. Raises ValueError, before anything is written, for values that are not finite and for
+        trained parameters that the file does not hold.
         """
+        self._refuse_unsaved()
         config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": self.model_name}
         config |= {theirs: self.options[ours] for theirs, ours in _PEFT_NAMES.items()}
         _write_adapter(folder, LoRABertModel.FILES, config, self.adapter_state(), self.fingerprint)
@@ -1057,6 +1071,7 @@ class qLoRABertModel(LoRABertModel):
 
         With `peft`, also write PEFT's two files, with A and B decoded. The model stays as it is.
         """
+        self._refuse_unsaved()
         config = {"base_model_name_or_path": self.model_name, **self.options}
         tensors = self._state(self.lora_layers(), self.model.classifier)
         _write_adapter(folder, self.FILES, config, tensors, self.fingerprint)
@@ -1136,7 +1151,8 @@ def make_loader(split, tokenizer, batch_size: int = 32, shuffle: bool = False, s
         raise ValueError("the list of sentences is empty: at least one is needed")
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}: it must be a whole number of 1 or more")
-    encoded = tokenizer(list(split["sentence"]), truncation=True, max_length=512)
+    longest = min(512, tokenizer.model_max_length)  # BERT has 512 positions
+    encoded = tokenizer(list(split["sentence"]), truncation=True, max_length=longest)
     encoded["labels"] = split["label"]
     rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
     lengths = [len(row["input_ids"]) for row in rows]
@@ -1179,14 +1195,23 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
-    """Measure a model's accuracy on all sentences of a loader that was made with `shuffle=False`."""
+    """Measure a model's accuracy on all sentences of a loader, each counted once. Predictions are in the data's order.
+
+    Raises ValueError for a loader that leaves sentences out or repeats them.
+    """
+    order = list(loader.batch_sampler or [])  # drawn once: a random sampler would give the loader another order
+    if sorted(itertools.chain.from_iterable(order)) != list(range(len(loader.dataset))):
+        drawn = sum(map(len, order))
+        raise ValueError(f"the loader draws {drawn} of {len(loader.dataset)} sentences, not each once: use make_loader")
+    options = {"collate_fn": loader.collate_fn, "generator": loader.generator}
+    batches = DataLoader(loader.dataset, batch_sampler=order, **options)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     labelled = []  # (index, predicted label) of each sentence
     right = 0
     loss = 0.0
-    for index, batch in zip(loader.batch_sampler, loader, strict=True):
+    for index, batch in zip(order, batches, strict=True):
         output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
         predicted = output.logits.argmax(-1).cpu()  # (batch,)
         right += (predicted == batch["labels"]).sum().item()
@@ -1230,19 +1255,22 @@ def _write_adapter(folder, names, config, tensors, fingerprint):
     metadata = {"format": "pt", "lora_utils": json.dumps({"config": config, "base_sha256": fingerprint})}
     contents = ((json.dumps(config, indent=2) + "\n").encode(), safetensors.torch.save(tensors, metadata))
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [folder / f"{name}.part" for name in names]
+    parts = [folder / f"{name}.{uuid.uuid4().hex}.part" for name in names]  # no other writer has these names
     try:
         for part, content in zip(parts, contents, strict=True):
             with open(part, "wb") as opened:
                 opened.write(content)
                 opened.flush()
                 os.fsync(opened.fileno())
-    except OSError:  # such as a full disk
+        for part, name in zip(parts, names, strict=True):
+            part.replace(folder / name)
+    finally:
         for part in parts:
-            part.unlink(missing_ok=True)
-        raise
-    for part, name in zip(parts, names, strict=True):
-        part.replace(folder / name)
+            part.unlink(missing_ok=True)  # still there only after a failure, such as a full disk
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        os.fsync(descriptor)  # the new names
+        os.close(descriptor)
 
 
 def _require_file(folder, name, kind):

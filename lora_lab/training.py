@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
@@ -170,9 +170,11 @@ def evaluate_together(model: torch.nn.Module, loader: DataLoader, accelerator: A
     batches = list(loader.batch_sampler)[accelerator.process_index :: accelerator.num_processes]
     parts = []  # stays empty if no batch is left for this process
     if batches:
-        options = {"collate_fn": loader.collate_fn, "generator": loader.generator}
-        part = evaluate(model, DataLoader(loader.dataset, batch_sampler=batches, **options))
         order = sorted(index for batch in batches for index in batch)
+        position = {index: number for number, index in enumerate(order)}  # in this process's part of the data
+        own_batches = [[position[index] for index in batch] for batch in batches]
+        options = {"collate_fn": loader.collate_fn, "generator": loader.generator}
+        part = evaluate(model, DataLoader(Subset(loader.dataset, order), batch_sampler=own_batches, **options))
         parts.append((part, dict(zip(order, part.predictions, strict=True))))
     parts = gather_object(parts)
     n = sum(part.n for part, _ in parts)

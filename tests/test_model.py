@@ -226,7 +226,10 @@ def test_a_saved_adapter_loads_with_the_same_logits(bert, batch, tmp_path, targe
 def test_bert_base_trains_as_many_parameters_as_predicted(tmp_path, capsys):
     with torch.device("meta"):
         base = BertForSequenceClassification(BertConfig(vocab_size=100))
-    base.to_empty(device="cpu").bert.save_pretrained(tmp_path)
+    base = base.to_empty(device="cpu").requires_grad_(False)
+    for parameter in base.parameters():
+        parameter.zero_()
+    base.bert.save_pretrained(tmp_path)
     model = LoRABertModel(str(tmp_path), rank=8)
     assert sum(p.numel() for name, p in model.named_parameters() if "lora_" in name) == 294_912
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 296_450
