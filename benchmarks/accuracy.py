@@ -106,7 +106,7 @@ def train(model, loader, epochs, learning_rate, warmup):
 
 def load_adapter(model_class, folder, dtype=None):
     """Load an adapter that `--adapters` saved. Return the model and its tokenizer."""
-    config = json.loads((Path(folder) / model_class.FILES[0]).read_text())
+    config = json.loads((Path(folder) / model_class.FILES[0]).read_text(encoding="utf-8"))
     base = find_model(config["base_model_name_or_path"], announce=False)
     model = model_class.from_pretrained(folder, dtype=dtype, folder=base.folder)
     return model, AutoTokenizer.from_pretrained(base.folder)
@@ -158,7 +158,7 @@ def run(args, train_split, tests, seed):
 
 def commit():
     def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip()
 
     return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
 
@@ -193,7 +193,7 @@ def summarise(file):
     Quantised runs are compared with unquantised LoRA under the same seed; without any, the runs on the validation
     sentences are drawn as they are.
     """
-    lines = list(map(json.loads, Path(file).read_text().splitlines()))
+    lines = list(map(json.loads, Path(file).read_text(encoding="utf-8").splitlines()))
     groups = {}
     for line in lines:
         settings = {"bits": None, "base_bits": None} | line["settings"]
@@ -313,7 +313,7 @@ def main():
     at_commit = commit()
     for seed in args.seeds:
         for line in run(args, train_split, tests, seed):
-            with open(args.out, "a") as file:
+            with open(args.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | {"commit": at_commit}) + "\n")
             print(json.dumps({key: value for key, value in line.items() if key != "predictions"}), flush=True)
 

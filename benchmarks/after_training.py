@@ -44,7 +44,7 @@ def main():
                 lines.append(
                     {"way": way, "bits": bits, **numbers, **about, "machine": about_machine, "commit": at_commit}
                 )
-    Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for bits in (8, 4, 3, 2):
         for way in WAYS:
             group = [line for line in lines if (line["bits"], line["way"]) == (bits, way)]

@@ -327,5 +327,5 @@ def about():
 
 def save(file, result):
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"saved {file}")

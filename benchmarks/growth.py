@@ -111,7 +111,7 @@ def main():
         found, growth = grow(args.rounds)
         result = {"part": "growth", "model": "the shape of BERT-base", "batch": 32, "growth": found}
         save(RESULTS / f"{name}.json", result | {"rank 64 over rank 1": growth} | known)
-    draw(json.loads((RESULTS / f"{name}.json").read_text()), RESULTS / f"{name}.png")
+    draw(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

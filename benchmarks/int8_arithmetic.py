@@ -63,7 +63,7 @@ def main():
             about |= {"evaluated_on": where, "machine": machine(torch.float32), "commit": at_commit}
             lines.append(numbers | about)
             print(json.dumps(numbers | {"seed": folder.name, "evaluated_on": where}), flush=True)
-    Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

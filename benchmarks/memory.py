@@ -40,7 +40,8 @@ def in_this_process(spec):
         if way == OLDER:  # all as long
             given = [padded(longest, 128)]
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: a process inherits it from its parent
+    # The peak starts anew: a process inherits it from its parent.
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     contender = Contender(way, spec["folder"])
     for batch in [*given, given[-1]]:
         contender.step(batch)
@@ -55,7 +56,7 @@ def in_this_process(spec):
 
 def resident(which):
     """The resident set of this process in bytes, as Linux tells it: VmRSS now, VmHWM its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
 
 

@@ -44,7 +44,7 @@ def results(part, models=MODELS):
     for model in models:
         names = [file.stem.removeprefix(f"{part}-{model}-") for file in RESULTS.glob(f"{part}-{model}-*.json")]
         for machine in sorted(names, key=[*MACHINES, *sorted(names)].index):
-            found[model, machine] = json.loads((RESULTS / f"{part}-{model}-{machine}.json").read_text())
+            found[model, machine] = json.loads((RESULTS / f"{part}-{model}-{machine}.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -323,7 +323,7 @@ def main():
     stale = []
     for file in map(ROOT.joinpath, FILES):
         if file.suffix == ".md":
-            old = file.read_text()
+            old = file.read_text(encoding="utf-8")
             new = filled(old)
             changed = new != old
         else:
@@ -335,7 +335,7 @@ def main():
         if changed:
             stale.append(file.name)
             if not args.check:
-                file.write_text(new) if file.suffix == ".md" else nbformat.write(new, file)
+                file.write_text(new, encoding="utf-8") if file.suffix == ".md" else nbformat.write(new, file)
     if figure_is_stale():
         stale.append(FIGURE.name)
         if not args.check:

@@ -232,7 +232,7 @@ def main():
         jobs = [pool.submit(run, *job, about["model"], args.data, args.phrases, threads) for job in missing]
         for number, job in enumerate(jobs, 1):  # in their order, so that the seeds of two settings can be paired
             line = job.result() | {"commit": at_commit}
-            with open(args.out, "a") as file:
+            with open(args.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             accuracy = line["results"]["validation"]["accuracy"]
             print(

@@ -84,7 +84,7 @@ def _test_right_answers(first_right, second_right):
 
 def read_runs(file: str | Path) -> list[dict]:
     """Read the runs of a results file, one JSON object per line."""
-    lines = Path(file).read_text().splitlines()
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

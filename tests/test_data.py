@@ -73,9 +73,9 @@ def test_data_that_is_named_is_never_replaced(tmp_path):
         ({"validation": ROWS}, "no train file"),
         ({"train": ROWS, "validation": [{"text": "x", "label": 0}]}, "sentence"),
         ({"train": ROWS, "validation": [{"sentence": "x"}]}, "label"),
-        ({"train": [{"sentence": "x", "label": 2}], "validation": ROWS}, "labels 2: allowed are 0 and 1"),
-        ({"train": [{"sentence": "x", "label": -1}], "validation": ROWS}, "labels -1: "),
-        ({"train": [{"sentence": "x", "label": None}], "validation": ROWS}, "labels None: "),
+        ({"train": [{"sentence": "x", "label": 2}], "validation": ROWS}, r"row 1 .* label 2 \(int\): allowed are 0 "),
+        ({"train": [{"sentence": "x", "label": -1}], "validation": ROWS}, r"row 1 .* label -1 \(int\): "),
+        ({"train": [{"sentence": "x", "label": None}], "validation": ROWS}, "row 1 .* label None "),
         ({"train": [], "validation": ROWS}, "train split .* holds no sentence"),
     ],
     ids=str,
@@ -225,7 +225,7 @@ def test_predictions_of_different_sentences_are_not_compared():
 
 
 def phrases(split):
-    with open(MOVIE_PHRASES / f"{split}.jsonl") as file:
+    with open(MOVIE_PHRASES / f"{split}.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 

@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--in-place", action="store_true")
     args = parser.parse_args()
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a notebook prints α and bars, also on Windows
     look_for_messages_every_second()
     report = []
     for notebook in args.notebooks:
