@@ -142,6 +142,7 @@ def test_int32_labels_give_the_same_loss(bert, batch):
 # Another default dtype
 
 
+@pytest.mark.slow
 def test_the_module_computes_the_same_whatever_the_default_dtype_is():
     code = """if True:
         import torch

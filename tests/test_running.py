@@ -456,6 +456,7 @@ def test_the_default_shards_repeat_items_to_make_them_even(two_processes):
     assert set(shards) == set(range(5)) and len(shards) > 5
 
 
+@pytest.mark.slow
 def test_the_script_for_several_processes_says_once_in_two_what_it_says_in_one(bert, tokenizer, tmp_path):
     shutil.copytree(bert, tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")

@@ -387,6 +387,7 @@ def test_an_empty_name_is_no_model():
 # Caches and time -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_leaves_folders_and_fallbacks(folder, tmp_path):
     """Run in another process, with a file where the folder of all caches should be."""
     code = """if True:
