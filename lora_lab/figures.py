@@ -256,7 +256,7 @@ def random_share(shape: Sequence[int]) -> list[float]:
     return shares.tolist()
 
 
-def draw_update(runs: list[dict], layer: str) -> None:
+def draw_update(runs: list[dict], layer: str | None = None) -> None:
     """Draw how near the update of full fine-tuning, ΔW, is to a matrix of low rank.
 
     Left: for each seed, the share of the squared norm of one layer's ΔW in its first r singular values.
@@ -264,10 +264,13 @@ def draw_update(runs: list[dict], layer: str) -> None:
 
     Args:
         runs: the runs of the sweep.
-        layer: one of `update_layers(runs)`.
+        layer: one of `update_layers(runs)`. None takes the value layer in the middle of the model.
     """
     full = full_fine_tuning(runs)
     updates = [run["update"] for run in full]
+    if layer is None:
+        value_layers = [name for name in update_layers(runs) if name.endswith("self.value")]
+        layer = value_layers[len(value_layers) // 2]
     fig, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2), width_ratios=[1.2, 1])
 
     label = "full fine-tuning"

@@ -1,0 +1,61 @@
+"""Check the notebooks' parameters once, in the cell after them, before anything takes time."""
+
+import math
+
+
+def check_settings(settings: dict) -> None:
+    """Refuse parameters of a notebook that cannot work.
+
+    Args:
+        settings: {name: value}, such as a notebook's `globals()`. Only the names of parameters are looked at.
+
+    Raises ValueError for the first wrong value, and says what is allowed.
+    """
+    for name, (is_right, allowed) in RULES.items():
+        if name in settings and not is_right(settings[name]):
+            raise ValueError(f"{name} is {settings[name]!r}: it must be {allowed}")
+
+
+def _is_whole(value, least):
+    return type(value) is int and value >= least
+
+
+def _is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_text(value):
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _is_targets(value):
+    if isinstance(value, str):
+        is_pattern = any(letter in value for letter in ".*+?[](){}|\\^$")
+        return value == "all-linear" or is_pattern
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_text, value))
+
+
+def _is_seeds(value):
+    return isinstance(value, (list, tuple)) and all(_is_whole(seed, 0) for seed in value)
+
+
+# {parameter: (whether a value is right, what is allowed)}
+RULES = {
+    "MODEL": (_is_text, 'the id of a BERT on the hub, a folder, or "auto"'),
+    "DATASET": (_is_text, 'a folder, "sst2", or "auto"'),
+    "RANK": (lambda value: _is_whole(value, 1), "a whole number of 1 or more, such as 8"),
+    "ALPHA": (lambda value: _is_number(value) and value > 0, "a number above 0, such as 16.0"),
+    "DROPOUT": (lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 up to, but below, 1"),
+    "BITS": (lambda value: _is_whole(value, 2) and value <= 8, "a whole number from 2 to 8"),
+    "BASE_BITS": (lambda value: value is None or (_is_whole(value, 1) and value in (4, 8)), "4, 8 or None"),
+    "TARGETS": (_is_targets, 'a list such as ["query"], a regular expression, or "all-linear"'),
+    "LEARNING_RATE": (lambda value: _is_number(value) and value > 0, "a number above 0, such as 2e-3"),
+    "EPOCHS": (lambda value: _is_whole(value, 1), "a whole number of 1 or more"),
+    "BATCH_SIZE": (lambda value: _is_whole(value, 1), "a whole number of 1 or more"),
+    "TRAIN_SENTENCES": (
+        lambda value: value is None or _is_whole(value, 1),
+        "a whole number of 1 or more, or None for all",
+    ),
+    "SEED": (lambda value: _is_whole(value, 0), "a whole number of 0 or more"),
+    "SWEEP_SEEDS": (_is_seeds, "a list of whole numbers of 0 or more, such as [0, 1, 2], or []"),
+}
