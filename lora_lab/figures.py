@@ -219,25 +219,6 @@ def _write(ax, x, y, text, fontsize=9):
     ax.text(x, y, text, ha="center", va="center", color=INK, fontsize=fontsize)
 
 
-def draw_count(rank: int) -> None:
-    """Draw how many parameters LoRA trains of BERT-base at a rank, on query and value of all 12 blocks."""
-    blocks = 12
-    width = 768
-    counts = {
-        "all of BERT-base": 109_483_778,
-        "the adapted weights": blocks * 2 * width * width,
-        "A and B": blocks * 2 * rank * (width + width),
-        "the head": 2 * width + 2,
-    }
-    _, ax = plt.subplots(figsize=(7.5, 1.9))
-    bars = ax.barh(list(counts), list(counts.values()), color=[UNTOUCHED, UNTOUCHED, LORA, HEAD_ONLY])
-    texts = [f"{count:,}" for count in counts.values()]
-    ax.bar_label(bars, texts, padding=3, fontsize=8)
-    ax.set(xscale="log", xlim=(1e3, 2e9), xlabel=f"parameters, at rank {rank}")
-    ax.invert_yaxis()
-    plt.show()
-
-
 def update_layers(runs: list[dict]) -> list[str]:
     """Return the names of the layers that `draw_update` can draw: all linear layers but the head."""
     first = full_fine_tuning(runs)[0]
