@@ -932,11 +932,11 @@ class LoRABertModel(nn.Module):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Return {PEFT's name: tensor} of everything that is trained: each A and B, and the head."""
-        return LoRABertModel._state(self.lora_layers(), self.model.classifier)
+        return LoRABertModel._state(self.lora_layers(), self.model.classifier)  # PEFT's names in the subclass too
 
     @staticmethod
     def _state(layers, head):
-        """Return the tensors of these layers and this head under the names that they have in the file."""
+        """Return the tensors themselves of these layers and this head, under their names in the file."""
         state = {}
         for name, layer in layers.items():
             A, B = layer.low_rank()

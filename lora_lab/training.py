@@ -7,7 +7,7 @@ ends with the same bits as a run that was never stopped. With several processes,
 import io
 import os
 import sys
-import tempfile
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -209,17 +209,15 @@ def save_checkpoint(file: str | Path, run: Run):
     torch.save(checkpoint, contents)
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Each writer has a temporary file of its own, so that two writers of one checkpoint do not disturb each other.
-    options = {"dir": file.parent, "prefix": f"{file.name}.", "delete": False}
-    temporary = tempfile.NamedTemporaryFile(**options)  # noqa: SIM115
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # no other writer has this name
     try:
-        with temporary:
-            temporary.write(contents.getbuffer())
-            temporary.flush()
-            os.fsync(temporary.fileno())
-        os.replace(temporary.name, file)
+        with open(temporary, "wb") as opened:
+            opened.write(contents.getbuffer())
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(temporary, file)
     finally:
-        Path(temporary.name).unlink(missing_ok=True)  # still there only if something failed
+        temporary.unlink(missing_ok=True)  # still there only after a failure
 
 
 def load_checkpoint(file: str | Path, run: Run) -> bool:
