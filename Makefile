@@ -14,7 +14,7 @@ lab: $(VENV)/installed
 	$(BIN)/jupyter lab
 
 test: $(VENV)/installed-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/installed-tests
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -8,6 +8,7 @@
 6. Files                     an adapter as PEFT writes it, and as packed integers (skip at first reading)
 """
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -51,7 +52,7 @@ class LoRALayer(nn.Module):
     Both are float32 parameters. The update is computed in the dtype of the base.
 
     Args:
-        base: the linear layer to adapt, float or quantised. It is frozen and kept, not copied.
+        base: the linear layer to adapt, float or quantised. It is kept, not copied. Its weight gets no gradient.
         rank: the number of rows of A, from 1 to the smaller side of the base.
         alpha: the factor alpha / rank multiplies the update.
         dropout: the probability that training zeroes an input of the update. The base sees every input.
@@ -91,7 +92,8 @@ class LoRALayer(nn.Module):
             return F.linear(x, self.merged_weight, self.base.bias)
         x = _cast_for_autocast(x)
         A, B = (matrix.to(x.dtype) for matrix in self.low_rank())
-        if self.dropout.training and self.dropout.p:  # dropout is for the update only
+        # Dropout is for the update only. A base that accelerate offloads loads its weights when it is called.
+        if (self.dropout.training and self.dropout.p) or hasattr(self.base, "_hf_hook"):
             y = self.base(x)  # (..., out)
             h = F.linear(self.dropout(x), A)  # (..., rank)
             return y + self.scaling * F.linear(h, B)
@@ -693,31 +695,33 @@ def _checkpoint_folder(model_name, folder):
         return Path(huggingface_hub.snapshot_download(model_name, allow_patterns=wanted))
     except Exception as error:  # of many kinds
         reason = str(error).strip().partition("\n")[0]
-        allowed = "allowed are the id of a BERT on the Hugging Face hub and a folder; folder= names one to load from"
+        allowed = "allowed are a folder and the id of a BERT on the hub. An adapter's config names its base in "
+        allowed += "base_model_name_or_path: give from_pretrained another by model_name= or folder="
         raise ValueError(f"no model {model_name!r}: no such folder, and the hub says: {reason}; {allowed}") from None
 
 
-def _set_num_labels(config, num_labels):
-    """Set the number of classes in a BERT's config. Two classes are named as in SST-2."""
+def _set_num_labels(config, num_labels, names):
+    """Set the number of classes in a BERT's config, and their names if there are as many: {0: "NEGATIVE", ...}."""
     config.num_labels = num_labels
-    if num_labels == 2:
-        config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
-        config.label2id = {"NEGATIVE": 0, "POSITIVE": 1}
+    if len(names) == num_labels:
+        config.id2label = dict(names)
+        config.label2id = {name: label for label, name in names.items()}
 
 
 def _load_frozen(model, model_name, file, dtype, base_bits):
     """Load a checkpoint into a frozen BERT on the meta device. Draw a new head if the checkpoint has none.
 
     Each tensor is quantised or cast before the next is read, so that the checkpoint is never in memory as a whole.
+    Return whether the checkpoint has a head.
     """
     keys = {}  # {name in BertForSequenceClassification: name in the file}
-    with safe_open(file, "pt") as opened:
+    with _open_safetensors(file) as opened:
         for key in opened.keys():  # noqa: SIM118
             name = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
             keys[name if name.startswith(("bert.", "classifier.")) else f"bert.{name}"] = key
     missing = [name for name, _ in model.named_parameters() if name not in keys and not name.startswith("classifier.")]
     if missing:
-        raise ValueError(f"{model_name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}")
+        raise ValueError(f"{model_name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}: {_CONVERT}")
     positions = torch.arange(model.config.max_position_embeddings)[None]  # buffers that no file holds
     model.bert.embeddings.position_ids = positions
     model.bert.embeddings.token_type_ids = torch.zeros_like(positions)
@@ -728,7 +732,7 @@ def _load_frozen(model, model_name, file, dtype, base_bits):
         for kind, empty in list(module.named_parameters(recurse=False)):
             name = f"{path}.{kind}"
             if name in keys:
-                with safe_open(file, "pt") as opened:  # once per tensor, so that no tensor stays mapped
+                with _open_safetensors(file) as opened:  # once per tensor, so that no tensor stays mapped
                     tensor = opened.get_tensor(keys[name])
                 if not (quantized and kind == "weight"):
                     tensor = tensor.to(dtype, copy=True)
@@ -745,6 +749,7 @@ def _load_frozen(model, model_name, file, dtype, base_bits):
             model.set_submodule(path, QuantizedLinear(module, base_bits))
         elif quantized:
             model.set_submodule(path, QuantizedEmbedding(module, base_bits, dtype))
+    return "classifier.weight" in keys
 
 
 def _last_block_cls(block, hidden, mask):
@@ -769,6 +774,11 @@ def _last_block_cls(block, hidden, mask):
     return block.feed_forward_chunk(block.attention.output(context, cls))
 
 
+def _cast_to_head(head, inputs):
+    """Cast what the head reads to its own dtype. It stays in float32 when the rest is in 16 bits."""
+    return inputs[0].to(head.weight.dtype)
+
+
 class LoRABertModel(nn.Module):
     """Classify sentences with a BERT in which only low-rank updates and the classifier head are trained.
 
@@ -782,6 +792,9 @@ class LoRABertModel(nn.Module):
         target_modules: as in PEFT (see `match_targets`). "all-linear" includes the pooler's layer.
         num_labels: the number of classes.
         dtype: of the frozen weights. None takes bfloat16 if the machine computes in it, otherwise float32.
+
+    `forward` takes no `inputs_embeds`, `position_ids`, `output_*` or `return_dict`, and a hook on `model.bert`, its
+    encoder, its last block or a `LoRALayer`'s base is not called. `model(...)` takes and calls all but the last.
 
     Attributes: `model` is the `BertForSequenceClassification` with the layers in it. `options` holds the settings that
     are saved with an adapter. `fingerprint` is the SHA-256 of the base's model.safetensors, as the hub shows it.
@@ -816,7 +829,8 @@ class LoRABertModel(nn.Module):
             found = f"{'a decoder' if config.model_type == 'bert' else 'a checkpoint'} of type {config.model_type!r}"
             raise ValueError(f"{model_name} is {found}: allowed are encoders of type 'bert'")
         config.dtype = torch.float32
-        _set_num_labels(config, options["num_labels"])
+        names = config.id2label
+        config.num_labels = options["num_labels"]
         self.checkpoint_config = copy.deepcopy(config)
 
         native = detect_compute_format()
@@ -828,10 +842,13 @@ class LoRABertModel(nn.Module):
             self.model = BertForSequenceClassification(config)
         self._new_layers(options)  # only to check the options
 
-        file = _require_file(folder, "model.safetensors", "a BERT checkpoint")
+        file = _require_file(folder, "model.safetensors", f"a BERT checkpoint; {_CONVERT}")
         with open(file, "rb") as opened:
             self.fingerprint = hashlib.file_digest(opened, "sha256").hexdigest()
-        _load_frozen(self.model, self.model_name, file, dtype or native.dtype, options.get("base_bits"))
+        self._source = (file, dtype or native.dtype, options.get("base_bits"))
+        has_head = _load_frozen(self.model, self.model_name, *self._source)
+        has_names = has_head and names != {label: f"LABEL_{label}" for label in names}
+        self.label_names = names if has_names else {0: "NEGATIVE", 1: "POSITIVE"}  # as in SST-2
         head = self.model.classifier.float().requires_grad_(True)
         self._set_adapter(self._new_layers(options), head, options)
 
@@ -858,9 +875,10 @@ class LoRABertModel(nn.Module):
         for name, layer in layers.items():
             self.model.set_submodule(name, layer)
         self.model.classifier = head
+        head.register_forward_pre_hook(_cast_to_head)
         self.options = options
-        _set_num_labels(self.model.config, options["num_labels"])
-        _set_num_labels(self.checkpoint_config, options["num_labels"])
+        _set_num_labels(self.model.config, options["num_labels"], self.label_names)
+        _set_num_labels(self.checkpoint_config, options["num_labels"], self.label_names)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
@@ -872,7 +890,7 @@ class LoRABertModel(nn.Module):
         Raises ValueError for labels of another shape or dtype, and for one that is not among 0..num_labels-1.
         """
         pooled = self.encode(input_ids, attention_mask, token_type_ids)  # (batch, width)
-        logits = self.model.classifier(pooled.to(self.model.classifier.weight.dtype)).float()  # (batch, num_labels)
+        logits = self.model.classifier(pooled).float()  # (batch, num_labels)
         loss = None
         if labels is not None:
             if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != logits.shape[:1]:
@@ -888,6 +906,12 @@ class LoRABertModel(nn.Module):
     ) -> Tensor:
         """Return the pooler's output, which the head reads: (batch, width)."""
         bert = self.model.bert
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            limit = f"{self.config.max_position_embeddings} tokens: set tokenizer.model_max_length to it"
+            raise ValueError(f"a sentence has {input_ids.shape[1]} tokens, and this BERT takes at most {limit}")
+        if input_ids.min() < 0 or input_ids.max() >= self.config.vocab_size:
+            allowed = f"allowed are 0 to {self.config.vocab_size - 1}: use the tokenizer of {self.model_name}"
+            raise ValueError(f"input_ids are {input_ids.min()} to {input_ids.max()}, {allowed}")
         hidden = bert.embeddings(input_ids, token_type_ids)  # (batch, tokens, width)
         mask = None
         if attention_mask is not None and not attention_mask.all():
@@ -898,6 +922,12 @@ class LoRABertModel(nn.Module):
         for block in blocks:
             hidden = block(hidden, mask)
         return bert.pooler(_last_block_cls(last, hidden, mask))
+
+    def __getattr__(self, name):
+        # What `transformers.Trainer` asks of a model: transformers' own answers.
+        if name in ("config", "device", "dtype", "gradient_checkpointing_enable", "activation_checkpointing_enable"):
+            return getattr(self.model, name)
+        return super().__getattr__(name)
 
     def print_trainable_parameters(self) -> None:
         """Print the number of trained and of all parameters. A quantised weight counts by its elements."""
@@ -945,18 +975,30 @@ class LoRABertModel(nn.Module):
         return state | dict(head.named_parameters("base_model.model.classifier"))
 
     def _refuse_unsaved(self):
-        """Raise ValueError for a trained parameter that an adapter's file does not hold."""
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad and not re.search(r"\.lora_[AB]$|^model\.classifier\.", name):
-                wrong = f"{name} is trained, and an adapter's file does not hold it"
-                raise ValueError(f"{wrong}: freeze it, or keep all weights by merge_and_unload()")
+        """Raise ValueError for a tensor that is trained, or not the checkpoint's, and that an adapter's file lacks."""
+        with torch.device("meta"):
+            stored = BertForSequenceClassification(self.checkpoint_config)
+        stored.classifier = nn.Identity()
+        _load_frozen(stored, self.model_name, *self._source)
+        expected = dict(itertools.chain(stored.named_parameters(), stored.named_buffers()))
+        found = {}
+        for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
+            if not re.search(r"\.lora_[AB]$|\.[AB]_(codes|scales)$|\.merged_weight$|^classifier\.", name):
+                found[name.replace(".base.", ".")] = tensor
+        keep = "an adapter's file does not hold it: keep all weights by merge_and_unload()"
+        for name in expected | found:
+            tensor, original = found.get(name), expected.get(name)
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(f"model.{name} is trained, and {keep}, or freeze it")
+            if tensor is None or original is None or not torch.equal(tensor.cpu(), original.to(tensor.dtype)):
+                raise ValueError(f"model.{name} is no longer as in {self._source[0]}, and {keep}")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter and head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
         `PeftModel.from_pretrained(bert, folder)` reads them. So does `from_pretrained` below, which also checks the
-        fingerprint of the base. Raises ValueError, before anything is written, for values that are not finite and for
-        trained parameters that the file does not hold.
+        fingerprint of the base. Raises ValueError, before anything is written, for values that are not finite, and for
+        a tensor that the file does not hold and that is trained or no longer the checkpoint's.
         """
         self._refuse_unsaved()
         config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": self.model_name}
@@ -1147,6 +1189,10 @@ def make_loader(split, tokenizer, batch_size: int = 32, shuffle: bool = False, s
     `loader.batch_sampler.set_epoch(epoch)` gives each epoch its own order.
     Raises ValueError for a split without a sentence, and for a batch size below 1.
     """
+    columns = getattr(split, "column_names", None)
+    if not hasattr(split, "__len__") or not {"sentence", "label"} <= set(columns or ()):
+        found = f"a {type(split).__name__} with the columns {columns}"
+        raise ValueError(f"split is {found}: it must be a datasets.Dataset with sentence and label")
     if not len(split):
         raise ValueError("the list of sentences is empty: at least one is needed")
     if type(batch_size) is not int or batch_size < 1:
@@ -1197,7 +1243,7 @@ class Evaluation(NamedTuple):
 def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
     """Measure a model's accuracy on all sentences of a loader, each counted once. Predictions are in the data's order.
 
-    Raises ValueError for a loader that leaves sentences out or repeats them.
+    Raises ValueError for a loader that leaves sentences out or repeats them, and for one without labels.
     """
     order = list(loader.batch_sampler or [])  # drawn once: a random sampler would give the loader another order
     if sorted(itertools.chain.from_iterable(order)) != list(range(len(loader.dataset))):
@@ -1212,6 +1258,8 @@ def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
     right = 0
     loss = 0.0
     for index, batch in zip(order, batches, strict=True):
+        if "labels" not in batch:
+            raise ValueError(f"a batch holds {', '.join(batch)}, but no labels to compare with: use make_loader")
         output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
         predicted = output.logits.argmax(-1).cpu()  # (batch,)
         right += (predicted == batch["labels"]).sum().item()
@@ -1273,6 +1321,19 @@ def _write_adapter(folder, names, config, tensors, fingerprint):
         os.close(descriptor)
 
 
+_CONVERT = "transformers writes one by BertModel.from_pretrained(old_folder).save_pretrained(new_folder)"
+
+
+@contextlib.contextmanager
+def _open_safetensors(file):
+    """Open a safetensors file. Name it in the error if it is damaged."""
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file ({error}): save, copy or download it again") from None
+
+
 def _require_file(folder, name, kind):
     """Return the path of a file in a folder. Refuse a folder without it, and say what the folder must be."""
     folder = Path(folder)
@@ -1288,17 +1349,15 @@ def _read_adapter(folder, names):
     The record is what `_write_adapter` put into the tensors' metadata. It is None if PEFT wrote them.
     """
     file, weights = (_require_file(folder, name, "a folder that save_pretrained wrote") for name in names)
+    with _open_safetensors(weights) as opened:
+        metadata = (opened.metadata() or {}).get("lora_utils", "null")
+        # Copied, or the file would stay mapped and could not be replaced on Windows.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     try:
         config = dict(json.loads(file.read_text(encoding="utf-8")))
+        record = json.loads(metadata)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no JSON object ({error}): save the adapter again, or copy it again") from None
-    try:
-        with safe_open(weights, "pt") as opened:
-            record = json.loads((opened.metadata() or {}).get("lora_utils", "null"))
-            # Copied, or the file would stay mapped and could not be replaced on Windows.
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{weights} is no whole safetensors file ({error}): save or copy it again") from None
+        raise ValueError(f"{folder}: config or record is no JSON object ({error}): save or copy it again") from None
     if record is not None:
         if "config" not in record:
             raise ValueError(f"{weights} has the record of something else than an adapter: save the adapter again")

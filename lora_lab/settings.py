@@ -1,6 +1,8 @@
 """Check the notebooks' parameters once, in the cell after them, before anything takes time."""
 
+import difflib
 import math
+import re
 
 
 def check_settings(settings: dict) -> None:
@@ -9,8 +11,16 @@ def check_settings(settings: dict) -> None:
     Args:
         settings: {name: value}, such as a notebook's `globals()`. Only the names of parameters are looked at.
 
-    Raises ValueError for the first wrong value, and says what is allowed.
+    Raises ValueError for the first wrong value, and says what is allowed. Before its first pass, when MACHINE is not
+    set yet, a notebook holds no constants but its parameters: any other is refused as a misspelt one.
     """
+    for name, value in settings.items():
+        is_constant = re.fullmatch("[A-Z][A-Z0-9_]+", name) and isinstance(value, CONSTANTS)
+        wanted = difflib.get_close_matches(name.upper(), RULES, 1, cutoff=0.8) if isinstance(value, CONSTANTS) else []
+        unknown = is_constant and name != "REPOSITORY" and "MACHINE" not in settings
+        if name not in RULES and (wanted or unknown):
+            allowed = wanted[0] if wanted else ", ".join(RULES)
+            raise ValueError(f"{name} is {value!r}, but no parameter has this name: allowed is {allowed}")
     for name, (is_right, allowed) in RULES.items():
         if name in settings and not is_right(settings[name]):
             raise ValueError(f"{name} is {settings[name]!r}: it must be {allowed}")
@@ -39,6 +49,7 @@ def _is_seeds(value):
     return isinstance(value, (list, tuple)) and all(_is_whole(seed, 0) for seed in value)
 
 
+CONSTANTS = (int, float, str, list, tuple, type(None))  # what a parameter can be
 # {parameter: (whether a value is right, what is allowed)}
 RULES = {
     "MODEL": (_is_text, 'the id of a BERT on the hub, a folder, or "auto"'),

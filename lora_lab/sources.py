@@ -19,6 +19,7 @@ import datasets
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
+from safetensors import safe_open
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
 PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -132,8 +133,8 @@ def find_model(model: str = "auto", announce: bool = True) -> Checkpoint:
         announce: whether to print.
 
     Returns a `Checkpoint`. Give name and folder to `LoRABertModel`, the folder to `AutoTokenizer.from_pretrained`.
-    Raises ValueError for a model that is neither a folder, nor in the cache, nor on the hub. Raises OSError if "auto"
-    finds neither the hub nor the package, and says what to install.
+    Raises ValueError for a model that is neither a folder, nor in the cache, nor on the hub, and for a trained head
+    that calls 0 positive. Raises OSError if "auto" finds neither the hub nor the package, and says what to install.
     """
     name = DEFAULT_MODEL if model == "auto" else os.path.expanduser(str(model))
     if os.path.isdir(name):
@@ -143,9 +144,26 @@ def find_model(model: str = "auto", announce: bool = True) -> Checkpoint:
             checkpoint = Checkpoint(name, download_checkpoint(name), "from the Hugging Face hub or its local cache")
         except Exception as error:  # of many kinds, and each is reported
             checkpoint = _packaged_instead(model, name, hub_failure_reason(error))
+    _check_label_names(checkpoint)
     if announce:
         print(f"Model: {checkpoint.name} ({checkpoint.origin})")
     return checkpoint
+
+
+def _check_label_names(checkpoint):
+    """Refuse a checkpoint whose own head calls 0 positive or 1 negative: every accuracy would be turned round."""
+    config, weights = checkpoint.folder / "config.json", checkpoint.folder / "model.safetensors"
+    if not (config.is_file() and weights.is_file()):
+        return  # the model says what is missing
+    names = json.loads(config.read_text(encoding="utf-8")).get("id2label") or {}
+    first, second = (str(names.get(label, "")).lower() for label in ("0", "1"))
+    if not (first.startswith("pos") or second.startswith("neg")):
+        return
+    with safe_open(weights, "pt") as opened:
+        has_head = "classifier.weight" in opened.keys()  # noqa: SIM118
+    if has_head:
+        found = f"the head of {checkpoint.name} labels 0 {names['0']} and 1 {names['1']}"
+        raise ValueError(f"{found}, but in the data 0 is negative and 1 positive: exchange the head's rows and names")
 
 
 def _packaged_instead(model, name, reason):

@@ -1,17 +1,21 @@
 """Faults that other people's bug reports found: what was silently wrong is refused, or right."""
 
+import copy
+import json
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import ROOT, randomise
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel, Trainer, TrainingArguments
 
-from lora_lab.sources import MOVIE_PHRASES, load_sst2, packaged_checkpoint
+from lora_lab.sources import MOVIE_PHRASES, find_model, load_sst2, packaged_checkpoint
 from lora_utils import LoRABertModel, evaluate, make_loader, qLoRABertModel
 
 
@@ -36,6 +40,56 @@ def test_what_is_trained_and_not_saved_is_refused_by_name(bert, tmp_path, kind, 
         model.save_pretrained(tmp_path / "adapter")
     assert name == "model" or name in str(error.value)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_tensor_that_is_no_longer_the_checkpoints_is_refused_by_name_even_if_it_is_frozen(bert, tmp_path):
+    def train_and_freeze(model):
+        model.model.bert.pooler.dense.weight.data.mul_(1.001)
+
+    def change_a_buffer(model):
+        model.model.bert.embeddings.token_type_ids += 1
+
+    def add_tokens(model):
+        model.model.resize_token_embeddings(30600, mean_resizing=False)
+        model.requires_grad_(False)
+
+    def change_the_base_of_a_layer(model):
+        model.model.bert.encoder.layer[0].attention.self.query.base.bias.data[3] = 7
+
+    changes = {
+        train_and_freeze: r"model\.bert\.pooler\.dense\.weight",
+        change_a_buffer: r"model\.bert\.embeddings\.token_type_ids",
+        add_tokens: r"model\.bert\.embeddings\.word_embeddings\.weight",
+        change_the_base_of_a_layer: r"model\.bert\.encoder\.layer\.0\.attention\.self\.query\.bias",
+    }
+    for change, name in changes.items():
+        model = model_of(bert)
+        change(model)
+        with pytest.raises(ValueError, match=rf"{name} is no longer as in .*merge_and_unload"):
+            model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("base_bits", [8, 4])
+def test_a_changed_code_of_a_quantised_base_is_refused(bert, tmp_path, base_bits):
+    model = model_of(bert, qLoRABertModel, base_bits=base_bits)
+    model.save_pretrained(tmp_path)
+    model.model.bert.pooler.dense.codes[0] += 1
+    with pytest.raises(ValueError, match=r"model\.bert\.pooler\.dense\.codes is no longer"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_model_that_is_copied_pickled_merged_or_cast_is_saved_all_the_same(bert, batch, tmp_path, stored):
+    model = randomise(qLoRABertModel(str(bert), dtype=stored, bits=4))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double()):
+        for layer in other.lora_layers().values():
+            layer.merge()
+        other.pack()
+        other.save_pretrained(tmp_path)
+        other.bfloat16().save_pretrained(tmp_path)
+    loaded = qLoRABertModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.allclose(loaded(**batch).logits, model.eval()(**batch).logits, atol=0.3)
 
 
 def test_an_adapter_with_frozen_parts_is_saved(bert, tmp_path):
@@ -83,6 +137,54 @@ def test_evaluating_draws_no_random_number(bert, tokenizer, phrases):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+# Names of labels
+
+
+def classifier_of(bert, folder, names):
+    """Write a BERT with a head of its own and these names of labels."""
+    model = BertForSequenceClassification.from_pretrained(bert)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.config.id2label = names
+    model.config.label2id = {name: label for label, name in names.items()}
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_the_names_of_labels_are_kept_where_the_head_is_kept(bert, batch, tmp_path):
+    names = {0: "POSITIVE", 1: "NEGATIVE"}
+    theirs = classifier_of(bert, tmp_path, names)
+    ours = LoRABertModel(str(tmp_path), dtype=torch.float32).eval()
+    merged = ours.merge_and_unload()
+    assert torch.allclose(ours(**batch).logits, theirs(**batch).logits, atol=1e-5)
+    assert ours.config.id2label == merged.config.id2label == names
+    assert merged.config.label2id == {"POSITIVE": 0, "NEGATIVE": 1}
+    ours.save_pretrained(tmp_path / "adapter")
+    assert LoRABertModel.from_pretrained(tmp_path / "adapter").config.id2label == names
+
+
+@pytest.mark.parametrize("names", [{0: "LABEL_0", 1: "LABEL_1"}, {0: "NEGATIVE", 1: "POSITIVE"}], ids=str)
+def test_a_head_without_names_of_its_own_gets_those_of_sst2(bert, tmp_path, names):
+    classifier_of(bert, tmp_path, names)
+    assert LoRABertModel(str(tmp_path)).config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    find_model(str(tmp_path), announce=False)
+
+
+def test_a_new_head_is_named_as_sst2_whatever_the_config_says(bert, tmp_path):
+    for file in bert.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((bert / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {0: "POSITIVE", 1: "NEGATIVE"}}))
+    assert LoRABertModel(str(tmp_path)).config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    find_model(str(tmp_path), announce=False)
+
+
+@pytest.mark.parametrize("names", [{0: "POSITIVE", 1: "NEGATIVE"}, {0: "positive", 1: "neg"}], ids=str)
+def test_the_lessons_refuse_a_head_whose_names_contradict_the_data(bert, tmp_path, names):
+    classifier_of(bert, tmp_path, names)
+    with pytest.raises(ValueError, match=r"labels 0 .*[pP]\w+.*in the data 0 is negative"):
+        find_model(str(tmp_path))
+
+
 # A base that is not finite
 
 
@@ -116,6 +218,14 @@ def test_a_sentence_is_cut_at_the_smallest_of_the_limits(phrases):
         assert batch["input_ids"].shape == (1, longest)
 
 
+def test_more_tokens_than_the_base_has_are_refused_with_what_to_do(bert, batch):
+    model = model_of(bert)
+    with pytest.raises(ValueError, match=r"input_ids are 101 to 30522, allowed are 0 to 30521: use the tokenizer of"):
+        model(torch.tensor([[101, 30522]]))
+    with pytest.raises(ValueError, match=r"600 tokens, and this BERT takes at most 512.*model_max_length"):
+        model(torch.ones(1, 600, dtype=torch.long))
+
+
 # Labels of another shape or dtype
 
 
@@ -137,6 +247,104 @@ def test_labels_of_another_shape_or_dtype_are_refused(bert, batch, labels):
 def test_int32_labels_give_the_same_loss(bert, batch):
     model = model_of(bert)
     assert torch.equal(model(**{**batch, "labels": batch["labels"].int()}).loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize("split", [[{"sentence": "good", "label": 1}], {"sentence": ["good"]}, None], ids=str)
+def test_data_that_is_no_dataset_is_refused(tokenizer, split):
+    with pytest.raises(ValueError, match=r"split is a \w+ with the columns None: it must be a datasets.Dataset"):
+        make_loader(split, tokenizer)
+
+
+def test_streamed_data_and_data_without_labels_are_refused(bert, tokenizer, phrases):
+    with pytest.raises(ValueError, match=r"split is a IterableDataset"):
+        make_loader(phrases.to_iterable_dataset(), tokenizer)
+    with pytest.raises(ValueError, match=r"the columns \['sentence'\]"):
+        make_loader(phrases.remove_columns("label"), tokenizer)
+    loader = make_loader(phrases, tokenizer)
+    for row in loader.dataset:
+        del row["labels"]
+    with pytest.raises(ValueError, match=r"a batch holds input_ids, .*but no labels"):
+        evaluate(model_of(bert), loader)
+
+
+# Checkpoints that are no single safetensors file, or a damaged one
+
+
+def test_a_checkpoint_in_another_form_is_refused_with_the_way_to_convert_it(bert, tmp_path):
+    config = (bert / "config.json").read_bytes()
+    weights = load_file(bert / "model.safetensors")
+    for form, file in (("bin", "pytorch_model.bin"), ("shards", "model-00001-of-00002.safetensors")):
+        (tmp_path / form).mkdir()
+        (tmp_path / form / "config.json").write_bytes(config)
+        (tmp_path / form / file).write_bytes(b"")
+        with pytest.raises(ValueError, match=rf"no model\.safetensors in .*{file}.*BertModel\.from_pretrained"):
+            LoRABertModel(str(tmp_path / form))
+    (tmp_path / "config.json").write_bytes(config)
+    without_pooler = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    save_file(without_pooler, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 2 .*pooler.*BertModel\.from_pretrained"):
+        LoRABertModel(str(tmp_path))
+    BertModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "converted")
+    LoRABertModel(str(tmp_path / "converted"))
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None], ids=str)
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(bert, tmp_path, content):
+    for file in bert.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    whole = (bert / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100] if content is None else content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file.*download it again"):
+        LoRABertModel(str(tmp_path))
+
+
+def test_an_adapter_whose_base_has_moved_says_which_argument_takes_another(bert, tmp_path):
+    model_of(bert).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace(str(bert), str(tmp_path / "gone")))
+    with pytest.raises(ValueError, match=r"gone.*base_model_name_or_path: give from_pretrained another by model_name="):
+        LoRABertModel.from_pretrained(tmp_path)
+    LoRABertModel.from_pretrained(tmp_path, model_name=str(bert))
+
+
+# Other libraries
+
+
+@pytest.mark.parametrize("options", [{}, {"base_bits": 4}], ids=str)
+def test_transformers_own_forward_works_with_a_base_in_16_bits(bert, batch, options):
+    kind = qLoRABertModel if options else LoRABertModel
+    model = randomise(kind(str(bert), dtype=torch.bfloat16, **options)).eval()
+    theirs, ours = model.model(**batch), model(**batch)
+    assert theirs.logits.dtype == torch.float32
+    assert torch.allclose(theirs.logits, ours.logits, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", [LoRABertModel, qLoRABertModel])
+def test_accelerate_can_offload_the_weights(bert, batch, kind):
+    options = {"base_bits": 4} if kind is qLoRABertModel else {}
+    model = model_of(bert, kind, **options)
+    expected = model(**batch).logits
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    assert offloaded.model.bert.pooler.dense.bias.is_meta
+    assert torch.allclose(offloaded(**batch).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LoRABertModel, qLoRABertModel])
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"activation_checkpointing": True}, {}], ids=str)
+def test_trainer_trains_it(bert, tokenizer, phrases, tmp_path, kind, options):
+    model = model_of(bert, kind)
+    assert model.config is model.model.config
+    assert model.device == torch.device("cpu") and model.dtype == torch.float32
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **options
+    )
+    loader = make_loader(phrases, tokenizer)
+    trainer = Trainer(model, arguments, train_dataset=loader.dataset, data_collator=loader.collate_fn)
+    trainer.train()
+    changed = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    model.save_pretrained(tmp_path)
 
 
 # Another default dtype

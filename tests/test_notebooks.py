@@ -283,8 +283,10 @@ def test_on_colab_what_is_missing_is_fetched_and_installed_and_elsewhere_nothing
     cell = re.sub('REPOSITORY = ".*"', 'REPOSITORY = ""', colab_cell(notebook))
     ran = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
-    monkeypatch.chdir(tmp_path)
     exec(cell, {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"start the kernel in the folder of lora_utils\.py .*--cwd"):
+        exec(cell, {})
     assert ran == []
 
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())

@@ -40,9 +40,21 @@ def test_a_bare_name_as_target_is_told_to_be_a_list():
         check_settings({"TARGETS": "query"})
 
 
+@pytest.mark.parametrize("name", ["rank", "RANKS", "LEARNIN_RATE", "TRAIN_SENTENCE", "LR", "FOO"])
+def test_a_misspelt_parameter_is_refused_by_name(name):
+    with pytest.raises(
+        ValueError, match=rf"^{name} is 4, but no parameter has this name: allowed is .*(RANK|LEARN|TRAIN)"
+    ):
+        check_settings({"RANK": 8, name: 4})
+
+
+def test_running_the_cell_again_takes_what_the_notebook_has_set_since():
+    check_settings({"RANK": 8, "MACHINE": "2 CPU threads", "CHECKPOINT_EVERY": 50, "loader": 3, "In": [], "B": 2})
+
+
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.(query|key)", ["query"], ("query", "output.dense")], ids=str)
 def test_targets_that_the_models_take_are_taken(targets):
-    check_settings({"TARGETS": targets, "TRAIN_SENTENCES": None, "BASE_BITS": None, "SWEEP_SEEDS": [], "OTHER": -1})
+    check_settings({"TARGETS": targets, "TRAIN_SENTENCES": None, "BASE_BITS": None, "SWEEP_SEEDS": [], "other": -1})
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
