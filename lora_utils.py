@@ -272,18 +272,19 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 
 def pack(q: Tensor, bits: int) -> Tensor:
     """Pack n signed integers of `bits` bits into ceil(n · bits / 8) bytes, uint8, the first in the highest bits."""
-    shifts = torch.arange(bits - 1, -1, -1, device=q.device)
-    ones = (q.reshape(-1, 1).int() + 2 ** (bits - 1)) >> shifts & 1  # (n, bits), each 0 or 1
-    ones = F.pad(ones.flatten(), (0, -ones.numel() % 8)).view(-1, 8)  # (bytes, 8)
-    return (ones << torch.arange(7, -1, -1, device=q.device)).sum(-1).to(torch.uint8)  # (bytes,)
+    numbers = q.flatten().long() + 2 ** (bits - 1)  # (n,), from 0 on
+    numbers = F.pad(numbers, (0, -len(numbers) % 8)).view(-1, 8)  # (words, 8)
+    words = (numbers << torch.arange(7, -1, -1, device=q.device) * bits).sum(-1, keepdim=True)  # (words, 1)
+    packed = words >> torch.arange(bits - 1, -1, -1, device=q.device) * 8 & 255  # (words, bits), each a byte
+    return packed.flatten()[: math.ceil(q.numel() * bits / 8)].to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, shape: Iterable[int]) -> Tensor:
     """Return the integers that `pack` packed, int8, in their shape."""
-    n = math.prod(shape)
-    ones = packed.view(-1, 1).int() >> torch.arange(7, -1, -1, device=packed.device) & 1  # (bytes, 8)
-    ones = ones.flatten()[: n * bits].view(n, bits)
-    q = (ones << torch.arange(bits - 1, -1, -1, device=packed.device)).sum(-1) - 2 ** (bits - 1)  # (n,)
+    packed = F.pad(packed, (0, -len(packed) % bits)).view(-1, bits).long()  # (words, bits), each a byte
+    words = (packed << torch.arange(bits - 1, -1, -1, device=packed.device) * 8).sum(-1, keepdim=True)  # (words, 1)
+    numbers = words >> torch.arange(7, -1, -1, device=packed.device) * bits & 2**bits - 1  # (words, 8)
+    q = numbers.flatten()[: math.prod(shape)] - 2 ** (bits - 1)  # (n,)
     return q.to(torch.int8).view(shape)
 
 
@@ -527,28 +528,82 @@ class _QuantizedWeight(_Float32Scales):
         return f"{self.shape}, {'NF4' if self.bits == 4 else 'int8'}"
 
 
+class _PackedIntegers:
+    """Hold an int8 matrix Q (out, in) in the layout of an integer kernel, and multiply rows by it.
+
+        x ≈ t · X,  t = max |x| / 126 for each row       y = t · (X Qᵀ) · scale
+
+    "onednn" rounds X to 8 bits. Without VNNI, its sums of two products would overflow 16 bits.
+    "fbgemm" rounds X to even numbers, which is 7 bits, so that they do not. It is faster on CPUs with AVX2 only.
+    """
+
+    def __init__(self, codes, scale, kernel):
+        self.kernel = kernel
+        self.scale = scale.flatten()  # (out,)
+        self.zeros = torch.zeros(len(codes), dtype=torch.int32)
+        self.num_bytes = codes.nbytes + self.scale.nbytes + self.zeros.nbytes
+        if kernel == "onednn":
+            self.matrix = torch.ops.onednn.qlinear_prepack(codes, None)
+        else:
+            with warnings.catch_warnings():  # creating a quantised tensor is deprecated, but FBGEMM takes nothing else
+                warnings.simplefilter("ignore")
+                quantized = torch._make_per_channel_quantized_tensor(codes, self.scale.double(), self.zeros.long(), 0)
+            self.matrix = torch.ops.quantized.linear_prepack(quantized, None)
+
+    def multiply(self, x):
+        """Return X Qᵀ · scale (n, out), in the dtype of x (n, in), and t (n, 1)."""
+        largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())  # (n, 1)
+        t = largest.div_(126).clamp_(min=torch.finfo(x.dtype).tiny)
+        x = x / t  # (n, in), from -126 to 126
+        if self.kernel == "onednn":  # it is fast with unsigned integers only, so 128 is their zero
+            X = x.round_().to(torch.int8).view(torch.uint8).add_(128)
+            return self._multiply_integers(X, 128, self.scale, x.dtype), t
+        fbgemm = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return fbgemm(x.float(), 2.0, 64, self.matrix).to(x.dtype), t  # rounds x / 2 to -63 .. 63 on the way
+
+    def _multiply_integers(self, X, zero, scale, dtype):
+        zeros, no_more = self.zeros, (None, 1.0, 0, dtype, "none", [], "")
+        return torch.ops.onednn.qlinear_pointwise.default(X, 1.0, zero, self.matrix, scale, zeros, *no_more)
+
+    def codes(self):
+        """Return Q, int8 (out, in). oneDNN has no function for it, so we multiply the identity by it."""
+        if self.kernel == "fbgemm":
+            return torch.ops.quantized.linear_unpack(self.matrix)[0].int_repr()
+        identity = torch.eye(self.matrix.shape[0], dtype=torch.uint8)
+        columns = self._multiply_integers(identity, 0, torch.ones_like(self.scale), torch.float32)  # (in, out)
+        return columns.T.to(torch.int8, memory_format=torch.contiguous_format)
+
+
 class QuantizedLinear(_QuantizedWeight):
     """Compute a frozen linear layer from a weight in 8 or 4 bits. Use it wherever a frozen `nn.Linear` stands.
 
         4 bits: y = x Ŵᵀ + b. Ŵ is decoded for the product, dropped, and decoded again in the backward pass.
         8 bits: y = s · (x Qᵀ) + b. The integers Q are exact in the dtype of x. s holds the scale of each of W's rows.
-            With `int8_arithmetic`, x ≈ t · X is rounded to 8 bits too, with one scale t per row:
-            y = s · t · (X Qᵀ) + b. The gradient is always that of the exact product.
+            With `int8_arithmetic`, x ≈ t · X is rounded too, with one scale t per row: y = s · t · (X Qᵀ) + b.
+            So are the gradient g of y and the columns of Ŵ for it: that of x is t · (G Q') · s', with g ≈ t · G.
 
     Args:
         linear: the layer to quantise. Its bias is kept and frozen.
         bits: 8 (int8 by row) or 4 (NF4).
 
-    `int8_arithmetic` is set from `detect_compute_format`. You can change it. It works on a CPU in float32 and bfloat16.
+    `int8_arithmetic` is the kernel that multiplies the integers, "onednn" or "fbgemm", or None for the exact product.
+    It is set from `detect_compute_format`, and you can change it. It works on a CPU in float32 and bfloat16. The first
+    product moves Q from the buffer `codes` into the kernel's layout, and the first backward pass adds Q'. They stay
+    until `dequantize`, `state_dict`, `to` or a copy moves Q back.
     Shapes: x (..., in) to y (..., out), in the dtype of x.
     Raises ValueError for other bits, and for a weight with values that are not finite.
+    Source: SwitchBack, in Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language
+    models". Its third product, the gradient of W, does not exist here, because W is frozen.
     """
 
     def __init__(self, linear: nn.Linear, bits: int):
         super().__init__(linear.weight, bits)
         self.out_features, self.in_features = self.shape
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.int8_arithmetic = bits == 8 and detect_compute_format().int8
+        self.int8_arithmetic = detect_compute_format().int8 if bits == 8 else None
+        self.packed_integers = {}  # {"forward": Q, "backward": Q'} in a kernel's layout
+        self.register_state_dict_pre_hook(_unpack_integers)
+        self.register_load_state_dict_pre_hook(_unpack_integers)
 
     def forward(self, x: Tensor) -> Tensor:
         x = _cast_for_autocast(x)
@@ -558,28 +613,61 @@ class QuantizedLinear(_QuantizedWeight):
     def _forward_frozen(self, x):
         """Compute y (n, out) for x (n, in), outside autograd."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.bits == 4 or x.dtype == torch.float16:  # in float16 sums of integers overflow
+        if self._pack_for(x):
+            y, scale = self.packed_integers["forward"].multiply(x)  # (n, out), (n, 1)
+        elif self.bits == 4 or x.dtype == torch.float16:  # in float16 sums of integers overflow
             return F.linear(x, self.dequantize(x.dtype), bias)
-        if self.int8_arithmetic and x.device.type == "cpu" and x.dtype != torch.float64:
-            y = self._int8_matmul(x)  # (n, out)
         else:
             y = x @ self.codes.to(x.dtype).T  # (n, out)
-        scale = (self.absmax / 127).to(x.dtype).T  # (1, out)
-        return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
-
-    def _int8_matmul(self, x):
-        """Compute t · (X Qᵀ), (n, out), in the dtype of x. The sums are exact, in 32 bits."""
-        t = x.abs().amax(-1, keepdim=True).float() / 127  # (n, 1)
-        t = t.clamp_(min=torch.finfo(torch.float32).tiny)
-        X = (x * (1 / t)).round_().to(torch.int8)  # (n, in), multiplied in float32
-        return torch._int_mm(X, self.codes.T).to(x.dtype).mul_(t.to(x.dtype))
+            scale = (self.absmax / 127).to(x.dtype).T  # (1, out)
+        return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
 
     def _input_gradient(self, g):
         """Compute the gradient of x (n, in), given that of y (n, out)."""
+        if self._pack_for(g):
+            if "backward" not in self.packed_integers:
+                with torch.inference_mode(False):
+                    weight = self.packed_integers["forward"].codes() * (self.absmax / 127)  # Ŵ (out, in)
+                    rounded = self._to_int8(weight.T.contiguous())
+                    packed = _PackedIntegers(rounded["codes"], rounded["absmax"] / 127, self.int8_arithmetic)
+                    self.packed_integers["backward"] = packed
+            grad_x, t = self.packed_integers["backward"].multiply(g)  # (n, in), (n, 1)
+            return grad_x.mul_(t)
         if self.bits == 4 or g.dtype == torch.float16:
             return g @ self.dequantize(g.dtype)
         scale = (self.absmax / 127).to(g.dtype).T  # (1, out)
         return (g * scale) @ self.codes.to(g.dtype)
+
+    def _pack_for(self, x):
+        """Pack the integers for products with x and return True, or restore `codes` and return False."""
+        kernel = self.int8_arithmetic if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) else None
+        if self.packed_integers and self.packed_integers["forward"].kernel != kernel:
+            _unpack_integers(self)
+        if kernel and not self.packed_integers:
+            with torch.inference_mode(False):  # what is packed while predicting is used in training too
+                self.packed_integers["forward"] = _PackedIntegers(self.codes, self.absmax / 127, kernel)
+            self.codes = None
+        return bool(kernel)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        _unpack_integers(self)
+        return super().dequantize(dtype)
+
+    def _apply(self, fn, recurse=True):
+        _unpack_integers(self)
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        _unpack_integers(self)
+        return super().__getstate__()
+
+
+def _unpack_integers(layer, *args):
+    """Restore the buffer `codes` of a `QuantizedLinear`, and drop what was packed."""
+    if layer.packed_integers:
+        with torch.inference_mode(False):
+            layer.codes = layer.packed_integers["forward"].codes()
+        layer.packed_integers = {}
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
@@ -633,7 +721,7 @@ _ISA_FEATURES |= {"AVX512_CORE_BF16": ("avx512_vnni", "avx512_bf16")}
 class _ComputeFormat(NamedTuple):
     dtype: torch.dtype
     attention: str
-    int8: bool
+    int8: str | None
 
 
 def detect_compute_format() -> _ComputeFormat:
@@ -641,19 +729,21 @@ def detect_compute_format() -> _ComputeFormat:
 
     dtype: of the frozen weights. It is bfloat16 if the machine multiplies in bfloat16, and float32 in all other cases.
     attention: as transformers names it. It is "eager" on a CPU, where fused attention has a slow bfloat16 backward.
-    int8: whether `QuantizedLinear` multiplies 8-bit integers. It does on CPUs that have VNNI but not AMX, because AMX
-        multiplies bfloat16 faster.
+    int8: the kernel that multiplies 8-bit integers in `QuantizedLinear`. It is "onednn" on CPUs with VNNI and "fbgemm"
+        on others with AVX2. It is None on GPUs, on ARM, and with AMX, which multiplies bfloat16 faster.
     """
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return _ComputeFormat(torch.bfloat16 if bf16 else torch.float32, "sdpa", int8=False)
+        return _ComputeFormat(torch.bfloat16 if bf16 else torch.float32, "sdpa", int8=None)
     features = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if cap in _ISA_FEATURES:
         features &= set(_ISA_FEATURES[cap])
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY can cap PyTorch itself
     bf16 = wide and bool(features & {"avx512_bf16", "amx_bf16"})
-    int8 = bool(features & {"avx_vnni", "avx512_vnni"}) and "amx_bf16" not in features
+    int8 = "fbgemm" if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
+    if features & {"avx_vnni", "avx512_vnni"}:
+        int8 = None if "amx_bf16" in features else "onednn"
     return _ComputeFormat(torch.bfloat16 if bf16 else torch.float32, "eager", int8)
 
 
@@ -982,6 +1072,9 @@ class LoRABertModel(nn.Module):
         _load_frozen(stored, self.model_name, *self._source)
         expected = dict(itertools.chain(stored.named_parameters(), stored.named_buffers()))
         found = {}
+        for layer in self.modules():
+            if isinstance(layer, QuantizedLinear):
+                _unpack_integers(layer)
         for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
             if not re.search(r"\.lora_[AB]$|\.[AB]_(codes|scales)$|\.merged_weight$|^classifier\.", name):
                 found[name.replace(".base.", ".")] = tensor

@@ -127,6 +127,9 @@ def run(args, train_split, tests, seed):
     """Train once and evaluate; yields what becomes a JSON line for each set of sentences."""
     tokenizer = AutoTokenizer.from_pretrained(find_model(args.model, announce=False).folder)
     model = build_model(args, seed)
+    for module in model.modules():
+        if isinstance(module, lora_utils.QuantizedLinear):
+            module.int8_arithmetic = args.int8_arithmetic
     loader = lora_utils.make_loader(train_split, tokenizer, args.batch_size, shuffle=True, seed=seed)
     start = time.perf_counter()
     loss = train(model, loader, args.epochs, args.learning_rate, args.warmup)
@@ -141,7 +144,7 @@ def run(args, train_split, tests, seed):
             "evaluated_on": evaluated_on,
             "settings": {key: value for key, value in vars(args).items() if key in SETTINGS},
             "seed": seed,
-            "int8_arithmetic": any(getattr(module, "int8_arithmetic", False) for module in model.modules()),
+            "int8_arithmetic": args.int8_arithmetic,
             "trained_on": len(train_split),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "train_loss": round(loss, 4),
@@ -285,6 +288,7 @@ def main():
     parser.add_argument("--method", choices=["lora", "qlora", "head"], default="lora")
     parser.add_argument("--bits", type=int, help="of A and B, with --method qlora")
     parser.add_argument("--base-bits", type=int, help="of the frozen weights, with --method qlora")
+    parser.add_argument("--int8-arithmetic", choices=["onednn", "fbgemm"], help="else the exact products")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument("--dropout", type=float, default=0.0)

@@ -40,10 +40,12 @@ SST2_LENGTHS += [337, 304, 286, 242, 195, 203, 192, 155, 148, 130, 89, 82, 85, 7
 SST2_LENGTHS += [22, 15, 8, 6, 3, 2, 5, 5, 1, 2, 2]
 
 # How the environment holds PyTorch's libraries to an instruction set, and what the CPU must have for it.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
 HELD = {
-    "AVX2": ({"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}, "avx2"),
-    "AVX2_VNNI": ({"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}, "avx_vnni"),
-    "AVX512_CORE_VNNI": ({}, "avx512_vnni"),
+    "AVX2": (AVX2, "avx2"),
+    "AVX2_VNNI": (AVX2, "avx_vnni"),
+    "AVX512_CORE_VNNI": ({"FBGEMM_ENABLE_INSTRUCTIONS": "AVX512_E1"}, "avx512_vnni"),
+    "AVX512_CORE_BF16": ({"FBGEMM_ENABLE_INSTRUCTIONS": "AVX512_E1"}, "avx512_bf16"),
 }
 
 
@@ -301,7 +303,7 @@ def arithmetic():
         return held
     if native.dtype == torch.bfloat16:
         return "AMX_BF16" if able.get("amx_bf16") else "AVX512_BF16"
-    if native.int8:
+    if native.int8 == "onednn":
         return "AVX512_CORE_VNNI" if able.get("avx512_vnni") else "AVX2_VNNI"
     return torch.backends.cpu.get_cpu_capability()
 
@@ -322,7 +324,8 @@ def about():
     versions = {name: importlib.metadata.version(name) for name in ("peft", "bitsandbytes")}
     versions["cpu"] = torch.cpu.get_capabilities().get("cpu_name", "?")
     machine_class = machine(lora_utils.detect_compute_format().dtype) | versions
-    return {"arithmetic": arithmetic(), "machine": machine_class, "commit": commit()}
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return {"arithmetic": arithmetic(), "held_to": held, "machine": machine_class, "commit": commit()}
 
 
 def save(file, result):

@@ -31,6 +31,7 @@ MACHINES = {
     "cuda": "a GPU",
     "amx_bf16": "AMX, bfloat16",
     "avx512_bf16": "AVX512_BF16, bfloat16",
+    "avx512_core_bf16": "AVX512_CORE_BF16, bfloat16",
     "avx512_core_vnni": "AVX512_CORE_VNNI, float32",
     "avx2_vnni": "AVX2_VNNI, float32",
     "avx2": "AVX2, float32",
@@ -79,7 +80,17 @@ def missing(found):
 
 
 def columns(found):
-    return [f"{MODELS[model]}, {MACHINES.get(machine, machine)}" for model, machine in found]
+    """Name model and machine of each result, and say where a CPU was held to an older instruction set."""
+    held = " (a CPU held to it)"
+    return [
+        f"{MODELS[model]}, {MACHINES.get(machine, machine)}{held if result.get('held_to') else ''}"
+        for (model, machine), result in found.items()
+    ]
+
+
+def shown(name):
+    """Name the bits of A and B: the benchmarks' q-LoRA has 8 where it names no others."""
+    return name if "bits" in name else name.replace("q-LoRA", "q-LoRA, 8 bits")
 
 
 def ratios(part):
@@ -88,7 +99,7 @@ def ratios(part):
     cells = {}
     for key, result in found.items():
         for entry in result["ratios"]:
-            cells.setdefault(f"{entry['over']} ÷ {entry['under']}", {})[key] = spread(entry["ratio"])
+            cells.setdefault(f"{shown(entry['over'])} ÷ {shown(entry['under'])}", {})[key] = spread(entry["ratio"])
     rows = [[name, *(cells[name].get(key, "") for key in found)] for name in cells]
     header = ["ratio of sentences a second, median (quartiles)", *columns(found)]
     return f"{table(header, rows)}\n\n{made_on(found)}{missing(found)}"
@@ -117,10 +128,11 @@ def ablation():
 def where_q_lora_is_faster():
     """q-LoRA beside LoRA by machine, for a training step and for predictions: faster, slower, or neither."""
     parts = {"training": "training step", "inference-batches-of-32": "prediction, batches of 32"}
+    parts |= {"inference-one-sentence": "prediction, one sentence"}
     found = {part: results(part) for part in parts}
-    machines = dict.fromkeys(key for of_part in found.values() for key in of_part)
+    machines = {key: result for of_part in found.values() for key, result in of_part.items()}
     rows = []
-    for name in ("q-LoRA", "q-LoRA, int8 base", "q-LoRA, NF4 base"):
+    for name in ("q-LoRA", "q-LoRA, int8 base", "q-LoRA, 4 bits, int8 base", "q-LoRA, NF4 base"):
         for part, title in parts.items():
             cells = []
             for key in machines:
@@ -132,7 +144,7 @@ def where_q_lora_is_faster():
                     cells.append(f"{spread((median, low, high))}, {verdict(low, high)}")
                 else:
                     cells.append("")
-            rows.append([name, title, *cells])
+            rows.append([shown(name), title, *cells])
     header = ["÷ LoRA", "of what", *columns(machines)]
     return f"{table(header, rows)}\n\n{made_on(found['training'])}{missing(found['training'])}"
 
@@ -148,8 +160,11 @@ def memory():
     names = list(next(iter(found.values()))["bytes"])
     rows = []
     for name in names:
-        row = [name]
+        row = [shown(name)]
         for result in found.values():
+            if name not in result["bytes"]:
+                row += ["", "", ""]
+                continue
             of_name, peft = result["bytes"][name], result["bytes"]["PEFT"]["peak"]
             ledger = f"{of_name['ledger'] / 1e6:.0f}" if "ledger" in of_name else ""
             row += [f"{of_name['peak'] / 1e6:.0f}", f"{of_name['peak'] / peft:.2f}", ledger]

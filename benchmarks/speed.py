@@ -55,6 +55,7 @@ TRAINING = {
     "LoRA": OURS,
     "q-LoRA": replace(OURS, bits=8),
     "q-LoRA, int8 base": replace(OURS, bits=8, base=8),
+    "q-LoRA, 4 bits, int8 base": replace(OURS, bits=4, base=8),
     "q-LoRA, NF4 base": replace(OURS, bits=8, base=4),
 }
 TRAINING_RATIOS = [
@@ -69,6 +70,7 @@ TRAINING_RATIOS = [
     ("q-LoRA, int8 base", "PEFT, int8 base"),
     ("q-LoRA, int8 base", "PEFT, int8 base, tuned"),
     ("q-LoRA, int8 base", "LoRA"),
+    ("q-LoRA, 4 bits, int8 base", "LoRA"),
     ("q-LoRA, NF4 base", "LoRA"),
 ]
 
@@ -92,10 +94,15 @@ INFERENCE = {
     "LoRA, merged": replace(OURS, state="merged"),
     "q-LoRA, packed": replace(OURS, bits=8, state="packed"),
     "q-LoRA, int8 base": replace(OURS, bits=8, base=8, state="packed"),
+    "q-LoRA, 4 bits, int8 base": replace(OURS, bits=4, base=8, state="packed"),
     "q-LoRA, NF4 base": replace(OURS, bits=8, base=4, state="packed"),
 }
 INFERENCE_RATIOS = [(name, "transformers, float32") for name in list(INFERENCE)[1:]]
-INFERENCE_RATIOS += [("q-LoRA, int8 base", "LoRA"), ("q-LoRA, int8 base", "torch.ao, dynamic int8")]
+INFERENCE_RATIOS += [
+    ("q-LoRA, int8 base", "LoRA"),
+    ("q-LoRA, 4 bits, int8 base", "LoRA"),
+    ("q-LoRA, int8 base", "torch.ao, dynamic int8"),
+]
 
 
 def run(part, ways, ids, folder, args):

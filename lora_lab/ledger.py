@@ -79,10 +79,12 @@ class _StorageCounter:
         if storage.data_ptr() in self.seen:
             return
         self.seen[storage.data_ptr()] = tensor
-        kind = (what, stored_as or str(tensor.dtype).removeprefix("torch."))
-        old_count, old_size = self.rows.get(kind, (0, 0))
         count = count or storage.nbytes() // tensor.itemsize
-        self.rows[kind] = (old_count + count, old_size + storage.nbytes())
+        self.add_bytes(what, stored_as or str(tensor.dtype).removeprefix("torch."), count, storage.nbytes())
+
+    def add_bytes(self, what, stored_as, count, num_bytes):
+        old_count, old_size = self.rows.get((what, stored_as), (0, 0))
+        self.rows[what, stored_as] = (old_count + count, old_size + num_bytes)
 
 
 def _count_weights(counter, model):
@@ -90,6 +92,9 @@ def _count_weights(counter, model):
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
             what = "embeddings" if isinstance(module, QuantizedEmbedding) else "frozen weights"
             counter.add(what, module.codes, "NF4" if module.bits == 4 else "int8", math.prod(module.shape))
+            for direction, packed in getattr(module, "packed_integers", {}).items():
+                what = "frozen weights" if direction == "forward" else "frozen weights, for backward"
+                counter.add_bytes(what, "int8", math.prod(module.shape), packed.num_bytes)  # these have no storage
             for name, tensor in module.named_buffers():
                 stored_as, size = ("8 bits", 1) if name == "scale_codes" else ("float32", 4)
                 counter.add("scales and code tables", tensor, stored_as, tensor.nbytes // size)

@@ -121,21 +121,21 @@ LAPTOP = {"avx2": True, "avx_vnni": True}
 @pytest.mark.parametrize(
     "able, aten, held_to, dtype, int8",
     [
-        (SERVER, "AVX512", "", torch.bfloat16, True),
-        (SERVER | {"avx512_bf16": False, "amx_bf16": True}, "AVX512", "", torch.bfloat16, False),
-        (SERVER | {"amx_bf16": True}, "AVX512", "AVX512_CORE_BF16", torch.bfloat16, True),
-        (SERVER, "AVX512", "avx512_core_vnni", torch.float32, True),
-        (SERVER, "AVX512", "AVX512_CORE", torch.float32, False),
-        (SERVER, "AVX2", "AVX2", torch.float32, False),
-        (SERVER, "AVX2", "", torch.float32, True),  # only PyTorch is capped, not oneDNN
-        (SERVER, "AVX2", "AVX2_VNNI", torch.float32, False),  # which this CPU does not have
-        (SERVER | {"avx_vnni": True}, "AVX2", "AVX2_VNNI", torch.float32, True),
-        (SERVER | {"avx512_bf16": False}, "AVX512", "", torch.float32, True),
-        (LAPTOP, "AVX2", "", torch.float32, True),
-        (LAPTOP | {"avx_vnni": False}, "AVX2", "", torch.float32, False),
-        (LAPTOP, "AVX2", "SSE41", torch.float32, False),
-        ({"architecture": "aarch64", "bf16": True, "i8mm": True}, "DEFAULT", "", torch.float32, False),  # in doubt
-        ({}, "DEFAULT", "", torch.float32, False),
+        (SERVER, "AVX512", "", torch.bfloat16, "onednn"),
+        (SERVER | {"avx512_bf16": False, "amx_bf16": True}, "AVX512", "", torch.bfloat16, None),
+        (SERVER | {"amx_bf16": True}, "AVX512", "AVX512_CORE_BF16", torch.bfloat16, "onednn"),
+        (SERVER, "AVX512", "avx512_core_vnni", torch.float32, "onednn"),
+        (SERVER, "AVX512", "AVX512_CORE", torch.float32, "fbgemm"),
+        (SERVER, "AVX2", "AVX2", torch.float32, "fbgemm"),
+        (SERVER, "AVX2", "", torch.float32, "onednn"),  # only PyTorch is capped, not oneDNN
+        (SERVER, "AVX2", "AVX2_VNNI", torch.float32, "fbgemm"),  # which this CPU does not have
+        (SERVER | {"avx_vnni": True}, "AVX2", "AVX2_VNNI", torch.float32, "onednn"),
+        (SERVER | {"avx512_bf16": False}, "AVX512", "", torch.float32, "onednn"),
+        (LAPTOP, "AVX2", "", torch.float32, "onednn"),
+        (LAPTOP | {"avx_vnni": False}, "AVX2", "", torch.float32, "fbgemm"),
+        (LAPTOP, "AVX2", "SSE41", torch.float32, "fbgemm"),
+        ({"architecture": "aarch64", "bf16": True, "i8mm": True}, "DEFAULT", "", torch.float32, None),  # in doubt
+        ({}, "DEFAULT", "", torch.float32, None),
     ],
 )
 def test_the_machine_decides_on_bf16_and_on_int8_arithmetic(monkeypatch, able, aten, held_to, dtype, int8):
