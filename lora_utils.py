@@ -538,6 +538,8 @@ class _PackedIntegers:
     """
 
     def __init__(self, codes, scale, kernel):
+        if kernel not in ("onednn", "fbgemm"):
+            raise ValueError(f'int8_arithmetic is {kernel!r}: allowed are "onednn" (on CPUs with VNNI), "fbgemm", None')
         self.kernel = kernel
         self.scale = scale.flatten()  # (out,)
         self.zeros = torch.zeros(len(codes), dtype=torch.int32)

@@ -86,7 +86,13 @@ def test_in_float16_an_8_bit_weight_does_not_overflow():
 
 # Products of integers
 
-KERNELS = ["onednn", "fbgemm"]
+CPU = torch.cpu.get_capabilities()
+CAP = os.environ.get("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+VNNI = (CPU.get("avx_vnni") or CPU.get("avx512_vnni")) and ("VNNI" in CAP or "BF16" in CAP)
+KERNELS = [
+    pytest.param("onednn", marks=pytest.mark.skipif(not VNNI, reason="oneDNN's sums are exact on CPUs with VNNI")),
+    "fbgemm",
+]
 X86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 needs_x86 = pytest.mark.skipif(not X86, reason="PyTorch multiplies integers on x86 CPUs with AVX2")
 
@@ -145,8 +151,6 @@ def test_integer_products_do_not_overflow_where_everything_is_as_large_as_can_be
     base, *_ = with_integers(kernel, bias=False, inputs=3072)
     base.codes.fill_(127)
     base.absmax.fill_(0.1)
-    if kernel == "onednn" and detect_int8() != "onednn":
-        pytest.skip("oneDNN's sums are exact on CPUs with VNNI")
     weight = base.dequantize().double()
     for sign in (1, -1):
         x = torch.full((2, 3072), 5.0 * sign, requires_grad=True)
@@ -157,11 +161,6 @@ def test_integer_products_do_not_overflow_where_everything_is_as_large_as_can_be
         x = x.detach()
         x[:, ::2] *= -1
         assert base(x).abs().max() < 1e-5 * y.abs().max()
-
-
-def detect_int8():
-    able = torch.cpu.get_capabilities()
-    return "onednn" if able.get("avx_vnni") or able.get("avx512_vnni") else "fbgemm"
 
 
 @needs_x86
@@ -288,7 +287,14 @@ def test_integer_products_are_for_float32_and_bfloat16_only(kernel, dtype):
     assert base(torch.zeros(0, 384)).shape == (0, 48)
 
 
-@pytest.mark.parametrize("kernel", [None, *KERNELS])
+@pytest.mark.parametrize("kernel", ["int8", True])
+def test_another_kernel_is_refused_with_what_is_allowed(kernel):
+    base, *_ = with_integers(kernel)
+    with pytest.raises(ValueError, match=rf'int8_arithmetic is {kernel!r}: allowed are "onednn".*"fbgemm", None'):
+        base(torch.randn(3, 384))
+
+
+@pytest.mark.parametrize("kernel", [None, "onednn", "fbgemm"])
 def test_a_layer_multiplies_integers_where_the_machine_does_and_for_8_bits_only(monkeypatch, kernel):
     native = detect_compute_format()
     monkeypatch.setattr("lora_utils.detect_compute_format", lambda: native._replace(int8=kernel))
