@@ -132,7 +132,7 @@ def where_q_lora_is_faster():
     found = {part: results(part) for part in parts}
     machines = {key: result for of_part in found.values() for key, result in of_part.items()}
     rows = []
-    for name in ("q-LoRA", "q-LoRA, int8 base", "q-LoRA, 4 bits, int8 base", "q-LoRA, NF4 base"):
+    for name in ("q-LoRA", "q-LoRA, NF4 base"):
         for part, title in parts.items():
             cells = []
             for key in machines:
@@ -146,6 +146,28 @@ def where_q_lora_is_faster():
                     cells.append("")
             rows.append([shown(name), title, *cells])
     header = ["÷ LoRA", "of what", *columns(machines)]
+    return f"{table(header, rows)}\n\n{made_on(found['training'])}{missing(found['training'])}"
+
+
+def integer_products():
+    """A row for each model and machine: q-LoRA with an int8 base over LoRA, in training and in predictions."""
+    parts = {"training": "training step", "inference-batches-of-32": "predictions, batches of 32"}
+    parts |= {"inference-one-sentence": "predictions, one sentence"}
+    eight, four, ao = "q-LoRA, int8 base", "q-LoRA, 4 bits, int8 base", "torch.ao, dynamic int8"
+    found = {part: results(f"integers-{part}") for part in parts}
+    rows = []
+    for key, label in zip(found["training"], columns(found["training"]), strict=True):
+        row = [label]
+        for part in parts:
+            entries = found[part][key]["ratios"] if key in found[part] else []
+            of_part = {(entry["over"], entry["under"]): spread(entry["ratio"]) for entry in entries}
+            row += [of_part.get((eight, "LoRA"), ""), of_part.get((four, "LoRA"), "")]
+            if part != "training":
+                row.append(of_part.get((eight, ao), ""))
+        rows.append(row)
+    header = ["int8 base ÷ LoRA, A and B in 8 or 4 bits", *(f"{parts['training']}, {bits}" for bits in (8, 4))]
+    for title in list(parts.values())[1:]:
+        header += [f"{title}, 8", f"{title}, 4", "8 ÷ `torch.ao`"]
     return f"{table(header, rows)}\n\n{made_on(found['training'])}{missing(found['training'])}"
 
 
@@ -290,6 +312,7 @@ TABLES = {
     "prediction speed, batches of 32": lambda: ratios("inference-batches-of-32"),
     "where the speed comes from": ablation,
     "where q-LoRA is faster": where_q_lora_is_faster,
+    "integer products": integer_products,
     "memory of a training run": memory,
     "growth with rank": growth,
     "accuracy of int8 arithmetic": int8_accuracy,

@@ -97,6 +97,9 @@ INFERENCE = {
     "q-LoRA, 4 bits, int8 base": replace(OURS, bits=4, base=8, state="packed"),
     "q-LoRA, NF4 base": replace(OURS, bits=8, base=4, state="packed"),
 }
+# What integer products are compared with: our own LoRA, and PyTorch's dynamic int8 where nothing is trained.
+INTEGERS = ["LoRA", "q-LoRA, int8 base", "q-LoRA, 4 bits, int8 base", "torch.ao, dynamic int8"]
+
 INFERENCE_RATIOS = [(name, "transformers, float32") for name in list(INFERENCE)[1:]]
 INFERENCE_RATIOS += [
     ("q-LoRA, int8 base", "LoRA"),
@@ -113,16 +116,16 @@ def run(part, ways, ids, folder, args):
     for name, way in ways.items():
         if way.who == "torch.ao" and DEVICE.type != "cpu":
             continue
-        contender = Contender(way, folder, training=not part.startswith("inference"))
-        if part == "inference, one sentence":
+        contender = Contender(way, folder, training="inference" not in part)
+        if part.endswith("one sentence"):
             by_length = sorted(ids, key=len)
             one = [[by_length[int((i + 0.5) * len(ids) / 20)]] for i in range(20)]
             its_batches = [batches(sentence, "like length", 1)[0] for sentence in one]
         else:
             its_batches = batches(ids, way.batches, 1 if way == OLDER else args.batches)
-        contenders[name] = (contender.predict if part.startswith("inference") else contender.step, its_batches)
+        contenders[name] = (contender.predict if "inference" in part else contender.step, its_batches)
     calls = max(len(its_batches) for _, its_batches in contenders.values())
-    return alternate(contenders, calls, args.rounds, size=1 if part == "inference, one sentence" else 32)
+    return alternate(contenders, calls, args.rounds, size=1 if part.endswith("one sentence") else 32)
 
 
 def report(part, rates, ratios):
@@ -137,7 +140,7 @@ def report(part, rates, ratios):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["training", "ablation", "inference"])
+    parser.add_argument("part", choices=["training", "ablation", "inference", "integers"])
     parser.add_argument("--model", choices=["bert-base", "packaged"], default="bert-base")
     parser.add_argument("--data", default="auto")
     parser.add_argument("--held-to", choices=list(HELD))
@@ -150,15 +153,20 @@ def main():
     ids, data = sentences(args.data)
     known = about()
     parts = ["inference, one sentence", "inference, batches of 32"] if args.part == "inference" else [args.part]
+    if args.part == "integers":
+        parts = ["integers, training", "integers, inference, batches of 32", "integers, inference, one sentence"]
     with checkpoint(args.model) as (folder, model):
         for part in parts:
-            ways = {"training": TRAINING, "ablation": ABLATION}.get(part, INFERENCE)
+            ways = {"training": TRAINING, "integers, training": TRAINING, "ablation": ABLATION}.get(part, INFERENCE)
+            if part.startswith("integers"):
+                ways = {name: way for name, way in ways.items() if name in INTEGERS}
             if part == "ablation" and args.compile:
                 ways = ways | {"torch.compile": replace(OURS, compiled=True)}
             rates = run(part, ways, ids, folder, args)
             names = list(rates)
             ratios = {
                 "training": TRAINING_RATIOS,
+                "integers, training": TRAINING_RATIOS,
                 "ablation": [*zip(names[1:], names[:-1], strict=True), (names[-1], names[0])],
             }.get(part, INFERENCE_RATIOS)
             ratios = [(over, under) for over, under in ratios if over in rates and under in rates]
@@ -168,7 +176,7 @@ def main():
             name = f"{part.replace(', ', '-').replace(' ', '-')}-{args.model}-{known['arithmetic'].lower()}.json"
             named = [{"over": o, "under": u, "ratio": [round(r, 4) for r in ratio(rates, o, u)]} for o, u in ratios]
             rounded = {name: [round(rate, 3) for rate in values] for name, values in rates.items()}
-            size = 1 if part == "inference, one sentence" else 32
+            size = 1 if part.endswith("one sentence") else 32
             result = {"part": part, "model": model, "data": data, "batch": size, "rank": 8, "rounds": args.rounds}
             save(args.out / name, result | {"sentences_a_second": rounded, "ratios": named} | known)
 
