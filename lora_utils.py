@@ -552,6 +552,7 @@ class _PackedIntegers:
                 quantized = torch._make_per_channel_quantized_tensor(codes, self.scale.double(), self.zeros.long(), 0)
             self.matrix = torch.ops.quantized.linear_prepack(quantized, None)
 
+    @torch.compiler.disable  # it knows these operations only in a graph of its own making
     def multiply(self, x):
         """Return X Qᵀ · scale (n, out), in the dtype of x (n, in), and t (n, 1)."""
         largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())  # (n, 1)

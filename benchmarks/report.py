@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import sweep
+from accuracy import interval
 from PIL import Image
 
 from lora_lab import compare, figures
@@ -209,35 +210,36 @@ def growth():
     return "\n\n".join(lines) or "Not measured yet."
 
 
+BITS_OF_KERNEL = {"onednn": "8 bits, oneDNN", "fbgemm": "7 bits, FBGEMM"}
+
+
 def int8_runs():
-    """{(what was done both ways, evaluated on): [(accuracy exact, with int8 arithmetic, other labels, sentences)]}."""
-    found, trained = {}, {}
-    for line in compare.read_runs(RESULTS.parent / "int8_arithmetic.jsonl"):
-        run = (line["plain"], line["int8"], line["other_labels"], line["n"])
-        found.setdefault(("evaluation alone", line["evaluated_on"]), []).append(run)
+    """{(kernel, evaluated on): [(accuracy of exact products, of integer products, other labels, sentences)]}."""
+    by_seed = {}
     for line in compare.read_runs(RESULTS.parent / "int8_trained.jsonl"):
-        trained.setdefault((line["evaluated_on"], line["seed"]), {})[line["int8_arithmetic"]] = line
-    for (where, _), pair in trained.items():
-        exact, rounded = pair[False], pair[True]
-        others = sum(a != b for a, b in zip(exact["predictions"], rounded["predictions"], strict=True))
-        run = (exact["accuracy"], rounded["accuracy"], others, exact["n"])
-        found.setdefault(("training and evaluation", where), []).append(run)
+        by_seed.setdefault((line["evaluated_on"], line["seed"]), {})[line["int8_arithmetic"]] = line
+    found = {}
+    for kernel in BITS_OF_KERNEL:
+        for (where, _), runs in sorted(by_seed.items()):
+            exact, rounded = runs[None], runs[kernel]
+            others = sum(a != b for a, b in zip(exact["predictions"], rounded["predictions"], strict=True))
+            found.setdefault((kernel, where), []).append((exact["accuracy"], rounded["accuracy"], others, exact["n"]))
     return found
 
 
 def int8_accuracy():
     rows = []
-    for (what, where), runs in int8_runs().items():
+    for (kernel, where), runs in int8_runs().items():
         exact, rounded, others, sentences = zip(*runs)
-        lost = [100 * (b - a) for a, b in zip(exact, rounded)]
+        mean, low, high = interval([100 * (b - a) for a, b in zip(exact, rounded)])
         cells = [f"{100 * statistics.fmean(exact):.2f}", f"{100 * statistics.fmean(rounded):.2f}"]
-        cells += [f"{statistics.fmean(lost):+.2f} ({min(lost):+.2f} to {max(lost):+.2f})"]
-        cells += [f"{sum(others):,} of {sum(sentences):,}"]
-        rows.append([what, f"{sentences[0]:,} {where}", str(len(runs)), *cells])
-    header = ["both ways", "evaluated on", "seeds", "exact, %", "int8 arithmetic, %"]
-    header += ["difference, points (range)", "other label"]
-    line = compare.read_runs(RESULTS.parent / "int8_arithmetic.jsonl")[0]
-    return f"{table(header, rows)}\n\n{line['model']}, {line['data']}."
+        cells += [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", f"{sum(others):,} of {sum(sentences):,}"]
+        rows.append([BITS_OF_KERNEL[kernel], f"{sentences[0]:,} {where}", str(len(runs)), *cells])
+    header = ["activations and gradients", "evaluated on", "seeds", "exact products, %", "integer products, %"]
+    header += ["difference, points (95 % interval)", "other label"]
+    line = compare.read_runs(RESULTS.parent / "int8_trained.jsonl")[0]
+    about = f"{line['model']}, {line['data']}, one epoch of {line['trained_on']:,} phrases, A and B in 8 bits"
+    return f"{table(header, rows)}\n\n{about}, float32, torch {line['machine']['torch']} (`benchmarks/accuracy.py`)."
 
 
 def sweep_runs():

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import statistics
 import subprocess
 import sys
 
@@ -14,12 +15,14 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from lora_lab.ledger import memory_ledger
+from lora_lab.sources import MOVIE_PHRASES, load_sst2, packaged_checkpoint
 from lora_utils import (
     LoRABertModel,
     LoRALayer,
     QuantizedLinear,
     QuantizedLoRALayer,
     detect_compute_format,
+    make_loader,
     qLoRABertModel,
 )
 
@@ -143,6 +146,36 @@ def test_the_gradient_of_an_integer_product_is_near_the_exact_one(kernel, dtype)
     y.backward(g)
     assert 1e-3 < relative_error(x.grad, g.double() @ W) < 3e-2
     assert relative_error(x.grad, rounded(g, kernel) @ W) < 2e-2  # the columns of W are rounded as well
+
+
+@needs_x86
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_on_real_weights_and_activations_the_gradient_of_x_is_within_3_percent(tokenizer, kernel):
+    torch.manual_seed(0)
+    model = LoRABertModel(str(packaged_checkpoint()), dtype=torch.float32, target_modules="all-linear")
+    gradients = {}
+    for name, layer in model.lora_layers().items():
+
+        def remember(module, args, output, name=name):
+            output.register_hook(lambda g: gradients.__setitem__(name, g.flatten(0, -2)))
+
+        layer.register_forward_hook(remember)
+    loader = make_loader(load_sst2(MOVIE_PHRASES, announce=False)["train"].select(range(64)), tokenizer)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    for batch in loader:  # after one step, B is no longer zero
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    errors = []
+    for name, g in gradients.items():
+        layer = QuantizedLinear(model.lora_layers()[name].base, 8)
+        exact = g.double() @ layer.dequantize().double()
+        layer.int8_arithmetic = kernel
+        x = torch.zeros(len(g), layer.in_features, requires_grad=True)
+        layer(x).backward(g)
+        errors.append(relative_error(x.grad, exact))
+    print(f"{kernel}: median {statistics.median(errors):.4f}, worst {max(errors):.4f} of {len(errors)} layers")
+    assert len(errors) == 37 and statistics.median(errors) <= 0.03 and max(errors) <= 0.15
 
 
 @needs_x86

@@ -26,13 +26,11 @@ MUST = {
         ("q-LoRA", "LoRA"): 0.95,
         ("q-LoRA, NF4 base", "PEFT, NF4 base"): 4.2,
         ("q-LoRA, NF4 base", "PEFT, NF4 base, tuned"): 1.6,
-        ("q-LoRA, int8 base", "LoRA"): 0.88,
         ("q-LoRA, NF4 base", "LoRA"): 0.77,
     },
     ("training", "avx512_bf16"): {
         ("LoRA", "the frozen products alone"): 0.52,
         ("q-LoRA", "LoRA"): 0.95,
-        ("q-LoRA, int8 base", "LoRA"): 0.88,
     },
     ("training", "avx2"): {("LoRA", "PEFT"): 3.0, ("LoRA", "PEFT, tuned"): 1.05},
     ("training", "avx512_core_vnni"): {("q-LoRA, int8 base", "LoRA"): 1.25},
@@ -78,11 +76,14 @@ def test_a_step_grows_by_15_percent_at_most_from_rank_1_to_64():
     assert measured and all(result["rank 64 over rank 1"][0] <= 1.15 for result in measured)
 
 
-def test_int8_arithmetic_costs_less_than_0_8_points_evaluated_alone_and_trained_through():
+def test_training_through_integer_products_costs_half_a_point_at_most_on_held_out_phrases():
     found = report.int8_runs()
-    assert len(found) == 4  # two things done, each evaluated on two sets of sentences
-    for runs in found.values():
-        assert len(runs) >= 5 and statistics.fmean(100 * (int8 - exact) for exact, int8, *_ in runs) > -0.8
+    assert len(found) == 4  # two kernels, each evaluated on two sets of sentences
+    for (_, where), runs in found.items():
+        mean, low, _ = report.interval([100 * (integers - exact) for exact, integers, *_ in runs])
+        assert len(runs) >= 5
+        if where != "validation":
+            assert mean >= -0.5 and low > -1
 
 
 def test_every_way_starts_from_the_same_sentences():
