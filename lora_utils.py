@@ -26,9 +26,7 @@ import huggingface_hub
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoConfig, BertForSequenceClassification, DataCollatorWithPadding
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -185,7 +183,7 @@ class _LoRAFunction(torch.autograd.Function):
         return y.addmm_(h, B.T, alpha=scaling)
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, A, B, h, W = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
@@ -217,7 +215,6 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     The half step makes the grid symmetric, so that none of the 2^bits integers is wasted. Up to 6 bits, we try ten
     clipping thresholds and keep the one with the smallest squared error. Then we refit the scale by least squares.
     The scale has 16 significant bits, so that scale · (q + ½) is exact and rounding twice changes nothing.
-
     Source: Gersho and Gray 1992, "Vector Quantization and Signal Compression", chapter 5 (the mid-rise quantiser);
     Sung, Shin and Hwang 2015, "Resiliency of Deep Neural Networks under Quantization" (the step of least squares).
     """
@@ -310,8 +307,6 @@ class FakeQuantize(torch.autograd.Function):
 class _Float32Scales(nn.Module):
     """Keep the buffers that SCALES names in float32 when `.to(dtype)` changes the rest of the model."""
 
-    SCALES = ()
-
     def _apply(self, fn, recurse=True):
         before = {name: self._buffers.get(name) for name in self.SCALES}
         super()._apply(fn, recurse)
@@ -328,8 +323,7 @@ class QuantizedLoRALayer(_Float32Scales, LoRALayer):
 
     In training, A and B are float32 parameters, and the forward pass uses their rounded values.
     `pack` drops them and keeps packed integers and scales. `unpack` makes them float32 and trainable again.
-    `bits` of each number of A and B are 2 to 8. The other arguments are those of `LoRALayer`.
-    Raises ValueError as `LoRALayer` does, and for other bits.
+    `bits` of each number of A and B: 2 to 8, else ValueError. The other arguments and errors are those of `LoRALayer`.
     """
 
     PACKED = ("A_codes", "A_scales", "B_codes", "B_scales")
@@ -416,9 +410,7 @@ class _QuantizedWeight(_Float32Scales):
 
     bits 8: int8, one scale per row: W ≈ q · absmax / 127.
     bits 4: NF4 in blocks of 64 along the rows, one scale per block: W ≈ code · absmax. Each scale is itself an 8-bit
-    code in a block of 256, around the mean of all scales ("double quantisation"). This takes 4.127 bits per weight
-    instead of 4.5.
-
+    code in a block of 256, around the mean of all scales ("double quantisation"): 4.127 bits per weight, not 4.5.
     Source: Dettmers et al. 2022, "LLM.int8()" (vector-wise quantisation). Dettmers et al. 2023, "QLoRA", section 3.
     Codes and float32 values equal those of bitsandbytes. The codes of NF4's scales differ by at most one.
     """
@@ -438,16 +430,14 @@ class _QuantizedWeight(_Float32Scales):
             self.register_buffer(name, tensor, persistent=name not in ("byte_table", "dynamic_code"))
 
     def _to_int8(self, weight):
-        codes = torch.empty_like(weight, dtype=torch.int8)  # (out, in)
-        scales = []
-        rows = max(1, self.CHUNK_SIZE // weight.shape[1])
-        for chunk, place in zip(weight.split(rows), codes.split(rows), strict=True):
-            absmax = chunk.abs().amax(1, keepdim=True).float()  # (rows, 1)
-            inverse = (127.0 / absmax.where(absmax > 0, 1)).clamp(max=torch.finfo(torch.float32).max)  # (rows, 1)
-            place.copy_((chunk.float() * inverse).round())
-            scales.append(absmax)
-        absmax = torch.cat(scales)  # (out, 1)
+        largest = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))  # (out, 1), without a copy
+        absmax = largest.abs().float()  # 0 of a row of zeros, and not -0
         _check_finite("the weight", absmax)
+        inverse = (127.0 / absmax.where(absmax > 0, 1)).clamp(max=torch.finfo(torch.float32).max)  # (out, 1)
+        codes = torch.empty_like(weight, dtype=torch.int8)  # (out, in)
+        rows = max(1, self.CHUNK_SIZE // weight.shape[1])
+        for chunk, factor, place in zip(weight.split(rows), inverse.split(rows), codes.split(rows), strict=True):
+            place.copy_((chunk.float() * factor).round())
         return {"codes": codes, "absmax": absmax}
 
     def _to_nf4(self, weight):
@@ -500,12 +490,9 @@ class _QuantizedWeight(_Float32Scales):
 
     def _decode_nf4(self, codes, scales, dtype):
         """Decode bytes with the scales of their blocks into a flat tensor: exact in float32, rounded in 16 bits."""
-        table = self.byte_table  # (256,)
-        in_16_bits = dtype.itemsize == 2
-        if in_16_bits:
-            table = table.view(torch.float32).to(dtype).view(torch.int32)  # two 16-bit numbers in each
-        values = table.index_select(0, codes.flatten().int())  # (bytes,), two values looked up at once
-        values = values.view(dtype if in_16_bits else torch.float32)  # (2 · bytes,)
+        value, pair = (dtype, torch.int32) if dtype.itemsize == 2 else (torch.float32, torch.int64)
+        table = self.byte_table.view(torch.float32).to(value).view(pair)  # (256,), two values in each
+        values = table.index_select(0, codes.flatten().int()).view(value)  # (2 · bytes,)
         if len(values) % self.BLOCK_SIZE:
             values = F.pad(values, (0, -len(values) % self.BLOCK_SIZE))
         values.view(-1, self.BLOCK_SIZE).mul_(scales.to(values.dtype)[:, None])
@@ -519,6 +506,7 @@ class _QuantizedWeight(_Float32Scales):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode the matrix (out, in). It is exact in float32. In a 16-bit dtype, code and scale are rounded first."""
+        _unpack_integers(self)
         if self.bits == 8:
             return self._decode_int8(self.codes, self.absmax, dtype)
         values = self._decode_nf4(self.codes, self._nf4_scales(), dtype)
@@ -531,24 +519,23 @@ class _QuantizedWeight(_Float32Scales):
 class _PackedIntegers:
     """Hold an int8 matrix Q (out, in) in the layout of an integer kernel, and multiply rows by it.
 
-        x ≈ t · X,  t = max |x| / 126 for each row       y = t · (X Qᵀ) · scale
+        x ≈ t · X,  t = max |x| / 126 for each row       y = t · (X Qᵀ) · scale,  scale = absmax / 127
 
     "onednn" rounds X to 8 bits. Without VNNI, its sums of two products would overflow 16 bits.
     "fbgemm" rounds X to even numbers, which is 7 bits, so that they do not. It is faster on CPUs with AVX2 only.
     """
 
-    def __init__(self, codes, scale, kernel):
+    def __init__(self, codes, absmax, kernel):
         if kernel not in ("onednn", "fbgemm"):
             raise ValueError(f'int8_arithmetic is {kernel!r}: allowed are "onednn" (on CPUs with VNNI), "fbgemm", None')
         self.kernel = kernel
-        self.scale = scale.flatten()  # (out,)
+        self.scale = absmax.flatten() / 127  # (out,)
         self.zeros = torch.zeros(len(codes), dtype=torch.int32)
         self.num_bytes = codes.nbytes + self.scale.nbytes + self.zeros.nbytes
         if kernel == "onednn":
             self.matrix = torch.ops.onednn.qlinear_prepack(codes, None)
         else:
-            with warnings.catch_warnings():  # creating a quantised tensor is deprecated, but FBGEMM takes nothing else
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(action="ignore"):  # quantised tensors are deprecated, but FBGEMM needs one
                 quantized = torch._make_per_channel_quantized_tensor(codes, self.scale.double(), self.zeros.long(), 0)
             self.matrix = torch.ops.quantized.linear_prepack(quantized, None)
 
@@ -585,10 +572,7 @@ class QuantizedLinear(_QuantizedWeight):
             With `int8_arithmetic`, x ≈ t · X is rounded too, with one scale t per row: y = s · t · (X Qᵀ) + b.
             So are the gradient g of y and the columns of Ŵ for it: that of x is t · (G Q') · s', with g ≈ t · G.
 
-    Args:
-        linear: the layer to quantise. Its bias is kept and frozen.
-        bits: 8 (int8 by row) or 4 (NF4).
-
+    `bits` is 8 (int8 by row) or 4 (NF4). The bias b of `linear` is kept and frozen.
     `int8_arithmetic` is the kernel that multiplies the integers, "onednn" or "fbgemm", or None for the exact product.
     It is set from `detect_compute_format`, and you can change it. It works on a CPU in float32 and bfloat16. The first
     product moves Q from the buffer `codes` into the kernel's layout, and the first backward pass adds Q'. They stay
@@ -631,8 +615,7 @@ class QuantizedLinear(_QuantizedWeight):
             if "backward" not in self.packed_integers:
                 with torch.inference_mode(False):
                     weight = self.packed_integers["forward"].codes() * (self.absmax / 127)  # Ŵ (out, in)
-                    rounded = self._to_int8(weight.T.contiguous())
-                    packed = _PackedIntegers(rounded["codes"], rounded["absmax"] / 127, self.int8_arithmetic)
+                    packed = _PackedIntegers(**self._to_int8(weight.T.contiguous()), kernel=self.int8_arithmetic)
                     self.packed_integers["backward"] = packed
             grad_x, t = self.packed_integers["backward"].multiply(g)  # (n, in), (n, 1)
             return grad_x.mul_(t)
@@ -648,13 +631,9 @@ class QuantizedLinear(_QuantizedWeight):
             _unpack_integers(self)
         if kernel and not self.packed_integers:
             with torch.inference_mode(False):  # what is packed while predicting is used in training too
-                self.packed_integers["forward"] = _PackedIntegers(self.codes, self.absmax / 127, kernel)
+                self.packed_integers["forward"] = _PackedIntegers(self.codes, self.absmax, kernel)
             self.codes = None
         return bool(kernel)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        _unpack_integers(self)
-        return super().dequantize(dtype)
 
     def _apply(self, fn, recurse=True):
         _unpack_integers(self)
@@ -666,8 +645,8 @@ class QuantizedLinear(_QuantizedWeight):
 
 
 def _unpack_integers(layer, *args):
-    """Restore the buffer `codes` of a `QuantizedLinear`, and drop what was packed."""
-    if layer.packed_integers:
+    """Restore the buffer `codes` of a `QuantizedLinear`, and drop what was packed. Leave other modules alone."""
+    if getattr(layer, "packed_integers", None):
         with torch.inference_mode(False):
             layer.codes = layer.packed_integers["forward"].codes()
         layer.packed_integers = {}
@@ -740,8 +719,7 @@ def detect_compute_format() -> _ComputeFormat:
         return _ComputeFormat(torch.bfloat16 if bf16 else torch.float32, "sdpa", int8=None)
     features = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if cap in _ISA_FEATURES:
-        features &= set(_ISA_FEATURES[cap])
+    features &= set(_ISA_FEATURES.get(cap, features))
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY can cap PyTorch itself
     bf16 = wide and bool(features & {"avx512_bf16", "amx_bf16"})
     int8 = "fbgemm" if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
@@ -775,8 +753,7 @@ def match_targets(names: Iterable[str], target_modules: str | Iterable[str]) -> 
     unmatched = [repr(target) for target, found in matches.items() if not found]
     if unmatched:
         raise ValueError(f"{wrong}, and no linear layer here is {', '.join(unmatched)}: {allowed}")
-    matched = set(itertools.chain.from_iterable(matches.values()))
-    return [name for name in names if name in matched]
+    return [name for name in names if any(name in found for found in matches.values())]
 
 
 def _checkpoint_folder(model_name, folder):
@@ -793,20 +770,8 @@ def _checkpoint_folder(model_name, folder):
         raise ValueError(f"no model {model_name!r}: no such folder, and the hub says: {reason}; {allowed}") from None
 
 
-def _set_num_labels(config, num_labels, names):
-    """Set the number of classes in a BERT's config, and their names if there are as many: {0: "NEGATIVE", ...}."""
-    config.num_labels = num_labels
-    if len(names) == num_labels:
-        config.id2label = dict(names)
-        config.label2id = {name: label for label, name in names.items()}
-
-
 def _load_frozen(model, model_name, file, dtype, base_bits):
-    """Load a checkpoint into a frozen BERT on the meta device. Draw a new head if the checkpoint has none.
-
-    Each tensor is quantised or cast before the next is read, so that the checkpoint is never in memory as a whole.
-    Return whether the checkpoint has a head.
-    """
+    """Load a checkpoint into a frozen BERT on the meta device. Return whether it has a head. If not, draw a new one."""
     keys = {}  # {name in BertForSequenceClassification: name in the file}
     with _open_safetensors(file) as opened:
         for key in opened.keys():  # noqa: SIM118
@@ -818,7 +783,7 @@ def _load_frozen(model, model_name, file, dtype, base_bits):
     positions = torch.arange(model.config.max_position_embeddings)[None]  # buffers that no file holds
     model.bert.embeddings.position_ids = positions
     model.bert.embeddings.token_type_ids = torch.zeros_like(positions)
-
+    # Each tensor is quantised or cast before the next is read, so that the checkpoint is never in memory as a whole.
     for path in [path for path, _ in model.named_modules()]:  # a list of modules would keep all weights
         module = model.get_submodule(path)
         quantized = base_bits and path != "classifier" and isinstance(module, (nn.Linear, nn.Embedding))
@@ -834,8 +799,7 @@ def _load_frozen(model, model_name, file, dtype, base_bits):
                 if kind == "weight":
                     tensor.normal_(std=model.config.initializer_range)
             if tensor.shape != empty.shape:
-                found, needed = tuple(tensor.shape), tuple(empty.shape)
-                raise ValueError(f"{model_name} has {name} of shape {found}, and {needed} is needed")
+                raise ValueError(f"{model_name} has {name} of shape {tuple(tensor.shape)}, not {tuple(empty.shape)}")
             _check_finite(f"{model_name}: {name}", tensor)
             setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
         if quantized and isinstance(module, nn.Linear):
@@ -846,19 +810,13 @@ def _load_frozen(model, model_name, file, dtype, base_bits):
 
 
 def _last_block_cls(block, hidden, mask):
-    """Compute only the first row ([CLS]) of a block's output, (batch, 1, width). The pooler reads no other.
-
-    Keys and values need every row of `hidden` (batch, tokens, width). All else needs the first row only.
-    """
+    """Compute only the first row ([CLS]) of a block's output, (batch, 1, width). The pooler reads no other."""
     attention = block.attention.self
-
-    def split_heads(x):
-        return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, width)
-
+    heads = (attention.num_attention_heads, -1)
     cls = hidden[:, :1].contiguous()  # (batch, 1, width), contiguous so that no product below copies it
-    query = split_heads(attention.query(cls))  # (batch, heads, 1, head width)
-    key = split_heads(attention.key(hidden))  # (batch, heads, tokens, head width)
-    value = split_heads(attention.value(hidden))  # (batch, heads, tokens, head width)
+    query = attention.query(cls).unflatten(-1, heads).transpose(1, 2)  # (batch, heads, 1, head width)
+    key = attention.key(hidden).unflatten(-1, heads).transpose(1, 2)  # (batch, heads, tokens, head width)
+    value = attention.value(hidden).unflatten(-1, heads).transpose(1, 2)  # (batch, heads, tokens, head width)
     scores = query @ key.transpose(-1, -2) * attention.scaling  # (batch, heads, 1, tokens)
     if mask is not None:
         scores = scores + mask
@@ -897,6 +855,7 @@ class LoRABertModel(nn.Module):
     """
 
     FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's names
+    LAYER = LoRALayer
 
     def __init__(
         self, model_name: str, *, folder: str | Path | None = None, rank: int = 8, alpha: float = 16.0,
@@ -928,9 +887,7 @@ class LoRABertModel(nn.Module):
 
         native = detect_compute_format()
         config._attn_implementation = native.attention
-        config.hidden_dropout_prob = 0.0
-        config.attention_probs_dropout_prob = 0.0
-        config.classifier_dropout = None
+        config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": None})
         with torch.device("meta"):  # shapes only: a wrong target or rank is refused before any weights are loaded
             self.model = BertForSequenceClassification(config)
         self._new_layers(options)  # only to check the options
@@ -949,9 +906,6 @@ class LoRABertModel(nn.Module):
         """Return {name: layer} of every `LoRALayer`, in the model's order."""
         return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, LoRALayer)}
 
-    def _new_layer(self, base, options):
-        return LoRALayer(base, **{name: options[name] for name in ("rank", "alpha", "dropout", "use_rslora")})
-
     def _new_layers(self, options):
         """Build {name: layer} for every targeted linear layer. The model does not change."""
         linear = {}
@@ -959,19 +913,23 @@ class LoRABertModel(nn.Module):
             if isinstance(module, (nn.Linear, QuantizedLinear)) and name != "classifier":
                 linear[name.removesuffix(".base")] = module  # an adapted layer's base
         targets = match_targets(linear, options["target_modules"])
-        return {name: self._new_layer(linear[name], options).train(self.training) for name in targets}
+        of_the_model = {"target_modules", "num_labels", "base_bits"}
+        of_a_layer = {name: value for name, value in options.items() if name not in of_the_model}
+        return {name: self.LAYER(linear[name], **of_a_layer).train(self.training) for name in targets}
 
     def _set_adapter(self, layers, head, options):
         """Replace all adapted layers, the head and the options by these."""
-        for name, layer in self.lora_layers().items():
-            self.model.set_submodule(name, layer.base)
-        for name, layer in layers.items():
+        bases = {name: layer.base for name, layer in self.lora_layers().items()}
+        for name, layer in (bases | layers).items():
             self.model.set_submodule(name, layer)
         self.model.classifier = head
         head.register_forward_pre_hook(_cast_to_head)
         self.options = options
-        _set_num_labels(self.model.config, options["num_labels"], self.label_names)
-        _set_num_labels(self.checkpoint_config, options["num_labels"], self.label_names)
+        for config in (self.model.config, self.checkpoint_config):
+            config.num_labels = options["num_labels"]
+            if len(self.label_names) == config.num_labels:
+                config.id2label = dict(self.label_names)
+                config.label2id = {name: label for label, name in self.label_names.items()}
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
@@ -1008,9 +966,8 @@ class LoRABertModel(nn.Module):
         hidden = bert.embeddings(input_ids, token_type_ids)  # (batch, tokens, width)
         mask = None
         if attention_mask is not None and not attention_mask.all():
-            mask = torch.zeros_like(attention_mask, dtype=hidden.dtype)
-            mask = mask.masked_fill(attention_mask == 0, torch.finfo(hidden.dtype).min)
-            mask = mask[:, None, None]  # (batch, 1, 1, tokens)
+            padding = attention_mask[:, None, None] == 0  # (batch, 1, 1, tokens)
+            mask = hidden.new_zeros(padding.shape).masked_fill_(padding, torch.finfo(hidden.dtype).min)
         *blocks, last = bert.encoder.layer
         for block in blocks:
             hidden = block(hidden, mask)
@@ -1035,8 +992,7 @@ class LoRABertModel(nn.Module):
 
         Each update is added to its stored weight in float32. A base stored in bfloat16 keeps its rounding: load with
         dtype=torch.float32 to merge into the checkpoint's own weights. The checkpoint's dropout is restored.
-        A quantised base is decoded. Quantising the result again would lose most of a small update
-        (`qLoRA_implementation.ipynb`, "Merging into a quantised base").
+        A quantised base is decoded. Quantising the result again would lose most of a small update (see lesson 2).
         """
         weights = {}
         for name, tensor in self.model.state_dict().items():
@@ -1074,10 +1030,8 @@ class LoRABertModel(nn.Module):
         stored.classifier = nn.Identity()
         _load_frozen(stored, self.model_name, *self._source)
         expected = dict(itertools.chain(stored.named_parameters(), stored.named_buffers()))
+        self.model.apply(_unpack_integers)  # the codes are buffers then
         found = {}
-        for layer in self.modules():
-            if isinstance(layer, QuantizedLinear):
-                _unpack_integers(layer)
         for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
             if not re.search(r"\.lora_[AB]$|\.[AB]_(codes|scales)$|\.merged_weight$|^classifier\.", name):
                 found[name.replace(".base.", ".")] = tensor
@@ -1136,8 +1090,7 @@ class LoRABertModel(nn.Module):
         for layer in layers.values():
             if isinstance(layer, QuantizedLoRALayer):
                 layer.pack()  # a packed file is loaded packed
-        head = nn.Linear(self.model.config.hidden_size, options["num_labels"], device=self.model.device)
-        head.train(self.training)
+        head = nn.Linear(self.config.hidden_size, options["num_labels"], device=self.device).train(self.training)
         _verify_base(folder, config, record, self)
         _copy_exactly(self._state(layers, head), tensors, folder, widen=record is None)
         self._set_adapter(layers, head, options)
@@ -1172,6 +1125,7 @@ class qLoRABertModel(LoRABertModel):
     """
 
     FILES = ("quantized_config.json", "adapter_quantized.safetensors")  # names that PEFT does not read
+    LAYER = QuantizedLoRALayer
 
     def __init__(
         self, model_name: str, *, folder: str | Path | None = None, rank: int = 8, alpha: float = 16.0,
@@ -1185,10 +1139,6 @@ class qLoRABertModel(LoRABertModel):
         options |= {"target_modules": target_modules, "num_labels": num_labels, "bits": bits, "base_bits": base_bits}
         self._build(model_name, folder, dtype, options)
 
-    def _new_layer(self, base, options):
-        names = ("rank", "alpha", "dropout", "use_rslora", "bits")
-        return QuantizedLoRALayer(base, **{name: options[name] for name in names})
-
     def pack(self) -> None:
         """Keep only the integers and scales of every A and B (see `QuantizedLoRALayer.pack`)."""
         layers = self.lora_layers().values()
@@ -1201,8 +1151,6 @@ class qLoRABertModel(LoRABertModel):
         """Make every A and B trainable again. They are new parameters: give them to a new optimizer."""
         for layer in self.lora_layers().values():
             layer.unpack()
-
-    # Saving and loading (skip at first reading)
 
     def save_pretrained(self, folder: str | Path, peft: bool = False) -> None:
         """Write integers, scales and head: `quantized_config.json` and `adapter_quantized.safetensors`.
@@ -1265,10 +1213,9 @@ class LengthGroupedBatches(Sampler):
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        n = len(self.lengths)
-        windows = [torch.arange(n)]
+        windows = [torch.arange(len(self.lengths))]
         if self.shuffle:
-            windows = torch.randperm(n, generator=generator).split(self.WINDOW * self.batch_size)
+            windows = torch.randperm(len(self.lengths), generator=generator).split(self.WINDOW * self.batch_size)
         order = torch.cat([window[self.lengths[window].argsort(stable=True)] for window in windows])  # (n,)
         batches = order.split(self.batch_size)
         turns = torch.randperm(len(batches), generator=generator) if self.shuffle else torch.arange(len(batches))
@@ -1281,9 +1228,8 @@ class LengthGroupedBatches(Sampler):
 def make_loader(split, tokenizer, batch_size: int = 32, shuffle: bool = False, seed: int = 0) -> DataLoader:
     """Make a `DataLoader` of tokenised sentences in batches of similar length, each padded to its longest.
 
-    `split` has the columns "sentence" and "label". With `shuffle`, for training,
-    `loader.batch_sampler.set_epoch(epoch)` gives each epoch its own order.
-    Raises ValueError for a split without a sentence, and for a batch size below 1.
+    `split` has the columns "sentence" and "label". With `shuffle`, `loader.batch_sampler.set_epoch(epoch)` gives each
+    epoch its own order. Raises ValueError for a split without a sentence, and for a batch size below 1.
     """
     columns = getattr(split, "column_names", None)
     if not hasattr(split, "__len__") or not {"sentence", "label"} <= set(columns or ()):
@@ -1297,8 +1243,7 @@ def make_loader(split, tokenizer, batch_size: int = 32, shuffle: bool = False, s
     encoded = tokenizer(list(split["sentence"]), truncation=True, max_length=longest)
     encoded["labels"] = split["label"]
     rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
-    lengths = [len(row["input_ids"]) for row in rows]
-    batches = LengthGroupedBatches(lengths, batch_size, shuffle, seed)
+    batches = LengthGroupedBatches([len(row["input_ids"]) for row in rows], batch_size, shuffle, seed)
     generator = torch.Generator()  # its own, so that a resumed run draws the same numbers from PyTorch's
     return DataLoader(rows, batch_sampler=batches, collate_fn=DataCollatorWithPadding(tokenizer), generator=generator)
 
@@ -1345,8 +1290,7 @@ def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
     if sorted(itertools.chain.from_iterable(order)) != list(range(len(loader.dataset))):
         drawn = sum(map(len, order))
         raise ValueError(f"the loader draws {drawn} of {len(loader.dataset)} sentences, not each once: use make_loader")
-    options = {"collate_fn": loader.collate_fn, "generator": loader.generator}
-    batches = DataLoader(loader.dataset, batch_sampler=order, **options)
+    batches = DataLoader(loader.dataset, batch_sampler=order, collate_fn=loader.collate_fn, generator=loader.generator)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -1383,13 +1327,11 @@ _PEFT_ACCEPTED = {
 }
 _PEFT_IGNORED = {"base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version"}
 _PEFT_IGNORED |= {"megatron_core", "qalora_group_size"}
+_CONVERT = "transformers writes one by BertModel.from_pretrained(old_folder).save_pretrained(new_folder)"
 
 
 def _write_adapter(folder, names, config, tensors, fingerprint):
-    """Write a config and its tensors. The tensors' metadata repeats the config and names the base.
-
-    Both are written to `.part` files and then renamed, so that each file is complete or unchanged.
-    """
+    """Write a config and its tensors, each complete or not at all. The tensors' metadata repeats config and base."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -1417,16 +1359,13 @@ def _write_adapter(folder, names, config, tensors, fingerprint):
         os.close(descriptor)
 
 
-_CONVERT = "transformers writes one by BertModel.from_pretrained(old_folder).save_pretrained(new_folder)"
-
-
 @contextlib.contextmanager
 def _open_safetensors(file):
     """Open a safetensors file. Name it in the error if it is damaged."""
     try:
-        with safe_open(file, "pt") as opened:
+        with safetensors.safe_open(file, "pt") as opened:
             yield opened
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is no whole safetensors file ({error}): save, copy or download it again") from None
 
 
@@ -1440,10 +1379,7 @@ def _require_file(folder, name, kind):
 
 
 def _read_adapter(folder, names):
-    """Read an adapter's (config, tensors, record). Refuse files that are missing, damaged, or not written together.
-
-    The record is what `_write_adapter` put into the tensors' metadata. It is None if PEFT wrote them.
-    """
+    """Read an adapter's (config, tensors, record). Refuse files that are missing, damaged, or not written together."""
     file, weights = (_require_file(folder, name, "a folder that save_pretrained wrote") for name in names)
     with _open_safetensors(weights) as opened:
         metadata = (opened.metadata() or {}).get("lora_utils", "null")
@@ -1451,7 +1387,7 @@ def _read_adapter(folder, names):
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     try:
         config = dict(json.loads(file.read_text(encoding="utf-8")))
-        record = json.loads(metadata)
+        record = json.loads(metadata)  # what `_write_adapter` put there, or None if PEFT wrote the tensors
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder}: config or record is no JSON object ({error}): save or copy it again") from None
     if record is not None:
@@ -1487,13 +1423,10 @@ def _verify_base(folder, config, record, model):
 
 @torch.no_grad()
 def _copy_exactly(slots, tensors, folder, widen):
-    """Copy tensors into slots of the same names, shapes and dtypes. Check everything first.
-
-    With `widen`, float32 may be stored in 16 bits, as PEFT does for a model in 16 bits.
-    """
+    """Copy tensors into new slots of the same names, shapes and dtypes. With `widen`, 16 bits may stand for float32."""
 
     def describe(tensor):
-        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        half = tensor.dtype in (torch.float16, torch.bfloat16)  # as PEFT stores a model in 16 bits
         dtype = torch.float32 if widen and half else tensor.dtype
         return f"{str(dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
@@ -1503,5 +1436,4 @@ def _copy_exactly(slots, tensors, folder, widen):
         raise ValueError(f"{folder}: {difference} by the config: take the file that was saved with it")
     for name, tensor in tensors.items():
         _check_finite(f"{folder}: {name}", tensor)
-    for name, tensor in tensors.items():
         slots[name].copy_(tensor)
