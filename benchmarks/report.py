@@ -29,7 +29,7 @@ FILES = ["README.md", "LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 
 # The kinds of machine that results are filed under, and how a reader knows them.
 MACHINES = {
-    "cuda": "a GPU",
+    "cuda": "a GPU (H100), bfloat16",
     "amx_bf16": "AMX, bfloat16",
     "avx512_bf16": "AVX512_BF16, bfloat16",
     "avx512_core_bf16": "AVX512_CORE_BF16, bfloat16",
@@ -169,7 +169,21 @@ def integer_products():
     header = ["int8 base ÷ LoRA, A and B in 8 or 4 bits", *(f"{parts['training']}, {bits}" for bits in (8, 4))]
     for title in list(parts.values())[1:]:
         header += [f"{title}, 8", f"{title}, 4", "8 ÷ `torch.ao`"]
-    return f"{table(header, rows)}\n\n{made_on(found['training'])}{missing(found['training'])}"
+    return f"{table(header, rows)}\n\n{made_on(found['training'])}"
+
+
+def integer_products_on_a_gpu():
+    """A row for each size: how many times as fast as bfloat16 the same two products are with integers."""
+    result = json.loads((RESULTS / "int8-gpu.json").read_text(encoding="utf-8"))
+    ways = ["int8, products only", "int8, fused", "int8"]
+    rows = []
+    for size in result["found"]:
+        if size["launched"] == "as a graph":
+            speeds = [spread(size["times as fast as bfloat16"][way]) for way in ways]
+            rows.append([f"{size['out']} x {size['in']}, {size['rows']:,} rows", *speeds])
+    header = ["weight", "products only", "with rounding, compiled", "with rounding"]
+    words = "Made on {device}, torch {torch}; {rounds} rounds, as CUDA graphs (`benchmarks/int8_gpu.py`)."
+    return f"{table(header, rows)}\n\n{words.format(**result['machine'], rounds=result['rounds'])}"
 
 
 def verdict(low, high):
@@ -315,6 +329,7 @@ TABLES = {
     "where the speed comes from": ablation,
     "where q-LoRA is faster": where_q_lora_is_faster,
     "integer products": integer_products,
+    "integer products on a GPU": integer_products_on_a_gpu,
     "memory of a training run": memory,
     "growth with rank": growth,
     "accuracy of int8 arithmetic": int8_accuracy,
