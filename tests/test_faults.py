@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -90,6 +91,19 @@ def test_a_model_that_is_copied_pickled_merged_or_cast_is_saved_all_the_same(ber
         other.bfloat16().save_pretrained(tmp_path)
     loaded = qLoRABertModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.allclose(loaded(**batch).logits, model.eval()(**batch).logits, atol=0.3)
+
+
+def test_an_adapter_is_saved_with_a_warning_when_its_checkpoint_is_gone(bert, batch, tmp_path):
+    shutil.copytree(bert, tmp_path / "bert")
+    model = model_of(tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.warns(UserWarning, match=r"model\.safetensors is gone"):
+        model.save_pretrained(tmp_path / "adapter")
+    loaded = LoRABertModel.from_pretrained(tmp_path / "adapter", dtype=torch.float32, folder=bert)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    model.model.bert.pooler.requires_grad_(True)
+    with pytest.raises(ValueError, match="is trained"), pytest.warns(UserWarning):
+        model.save_pretrained(tmp_path / "adapter")
 
 
 def test_an_adapter_with_frozen_parts_is_saved(bert, tmp_path):
