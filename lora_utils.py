@@ -50,7 +50,7 @@ class LoRALayer(nn.Module):
     Both are float32 parameters. The update is computed in the dtype of the base.
 
     Args:
-        base: the linear layer to adapt, float or quantised. It is kept, not copied. Its weight gets no gradient.
+        base: the linear layer to adapt, float or quantised. It is frozen and kept, not copied.
         rank: the number of rows of A, from 1 to the smaller side of the base.
         alpha: the factor alpha / rank multiplies the update.
         dropout: the probability that training zeroes an input of the update. The base sees every input.
@@ -323,7 +323,7 @@ class QuantizedLoRALayer(_Float32Scales, LoRALayer):
 
     In training, A and B are float32 parameters, and the forward pass uses their rounded values.
     `pack` drops them and keeps packed integers and scales. `unpack` makes them float32 and trainable again.
-    `bits` of each number of A and B: 2 to 8, else ValueError. The other arguments and errors are those of `LoRALayer`.
+    `bits` is 2 to 8 for each number of A and B. The other arguments and errors are those of `LoRALayer`.
     """
 
     PACKED = ("A_codes", "A_scales", "B_codes", "B_scales")
@@ -521,8 +521,8 @@ class _PackedIntegers:
 
         x ≈ t · X,  t = max |x| / 126 for each row       y = t · (X Qᵀ) · scale,  scale = absmax / 127
 
-    "onednn" rounds X to 8 bits. Without VNNI, its sums of two products would overflow 16 bits.
-    "fbgemm" rounds X to even numbers, which is 7 bits, so that they do not. It is faster on CPUs with AVX2 only.
+    "onednn" rounds x / t to 8 bits. Without VNNI, its sums of two products overflow 16 bits.
+    "fbgemm" rounds x / t to even numbers (7 bits), so that no sum overflows. It is for CPUs without VNNI.
     """
 
     def __init__(self, codes, absmax, kernel):
@@ -539,7 +539,7 @@ class _PackedIntegers:
                 quantized = torch._make_per_channel_quantized_tensor(codes, self.scale.double(), self.zeros.long(), 0)
             self.matrix = torch.ops.quantized.linear_prepack(quantized, None)
 
-    @torch.compiler.disable  # it knows these operations only in a graph of its own making
+    @torch.compiler.disable  # torch.compile knows these only in graphs it makes itself
     def multiply(self, x):
         """Return X Qᵀ · scale (n, out), in the dtype of x (n, in), and t (n, 1)."""
         largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())  # (n, 1)
@@ -556,7 +556,7 @@ class _PackedIntegers:
         return torch.ops.onednn.qlinear_pointwise.default(X, 1.0, zero, self.matrix, scale, zeros, *no_more)
 
     def codes(self):
-        """Return Q, int8 (out, in). oneDNN has no function for it, so we multiply the identity by it."""
+        """Return Q, int8 (out, in). oneDNN cannot unpack Q, so we multiply the identity by it."""
         if self.kernel == "fbgemm":
             return torch.ops.quantized.linear_unpack(self.matrix)[0].int_repr()
         identity = torch.eye(self.matrix.shape[0], dtype=torch.uint8)
@@ -570,13 +570,13 @@ class QuantizedLinear(_QuantizedWeight):
         4 bits: y = x Ŵᵀ + b. Ŵ is decoded for the product, dropped, and decoded again in the backward pass.
         8 bits: y = s · (x Qᵀ) + b. The integers Q are exact in the dtype of x. s holds the scale of each of W's rows.
             With `int8_arithmetic`, x ≈ t · X is rounded too, with one scale t per row: y = s · t · (X Qᵀ) + b.
-            So are the gradient g of y and the columns of Ŵ for it: that of x is t · (G Q') · s', with g ≈ t · G.
+            The backward pass rounds g ≈ t · G and Ŵ ≈ Q' · s' by column: x gets the gradient t · (G Q') · s'.
 
     `bits` is 8 (int8 by row) or 4 (NF4). The bias b of `linear` is kept and frozen.
     `int8_arithmetic` is the kernel that multiplies the integers, "onednn" or "fbgemm", or None for the exact product.
-    It is set from `detect_compute_format`, and you can change it. It works on a CPU in float32 and bfloat16. The first
-    product moves Q from the buffer `codes` into the kernel's layout, and the first backward pass adds Q'. They stay
-    until `dequantize`, `state_dict`, `to` or a copy moves Q back.
+    `detect_compute_format` sets it. With 8 bits you can change it. It works on a CPU in float32 and bfloat16. The first
+    product moves Q from `codes` to the kernel. The first backward pass adds Q'. `dequantize`, `state_dict`, `to`, a
+    copy or an exact product moves Q back and drops Q'.
     Shapes: x (..., in) to y (..., out), in the dtype of x.
     Raises ValueError for other bits, and for a weight with values that are not finite.
     Source: SwitchBack, in Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language
@@ -626,7 +626,8 @@ class QuantizedLinear(_QuantizedWeight):
 
     def _pack_for(self, x):
         """Pack the integers for products with x and return True, or restore `codes` and return False."""
-        kernel = self.int8_arithmetic if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) else None
+        possible = self.bits == 8 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        kernel = self.int8_arithmetic if possible else None
         if self.packed_integers and self.packed_integers["forward"].kernel != kernel:
             _unpack_integers(self)
         if kernel and not self.packed_integers:
@@ -712,7 +713,7 @@ def detect_compute_format() -> _ComputeFormat:
     dtype: of the frozen weights. It is bfloat16 if the machine multiplies in bfloat16, and float32 in all other cases.
     attention: as transformers names it. It is "eager" on a CPU, where fused attention has a slow bfloat16 backward.
     int8: the kernel that multiplies 8-bit integers in `QuantizedLinear`. It is "onednn" on CPUs with VNNI and "fbgemm"
-        on others with AVX2. It is None on GPUs, on ARM, and with AMX, which multiplies bfloat16 faster.
+        on others with AVX2. It is None on GPUs, on ARM and with AMX, where the product is exact.
     """
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -779,7 +780,8 @@ def _load_frozen(model, model_name, file, dtype, base_bits):
             keys[name if name.startswith(("bert.", "classifier.")) else f"bert.{name}"] = key
     missing = [name for name, _ in model.named_parameters() if name not in keys and not name.startswith("classifier.")]
     if missing:
-        raise ValueError(f"{model_name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}: {_CONVERT}")
+        lacking = f"{model_name} lacks {len(missing)} of a BERT's weights, such as {missing[0]}"
+        raise ValueError(f"{lacking}: {_CONVERT}, with new weights for these")
     positions = torch.arange(model.config.max_position_embeddings)[None]  # buffers that no file holds
     model.bert.embeddings.position_ids = positions
     model.bert.embeddings.token_type_ids = torch.zeros_like(positions)
@@ -826,7 +828,7 @@ def _last_block_cls(block, hidden, mask):
 
 
 def _cast_to_head(head, inputs):
-    """Cast what the head reads to its own dtype. It stays in float32 when the rest is in 16 bits."""
+    """Cast the head's input to the head's dtype: float32, even when the rest is in 16 bits."""
     return inputs[0].to(head.weight.dtype)
 
 
@@ -844,8 +846,8 @@ class LoRABertModel(nn.Module):
         num_labels: the number of classes.
         dtype: of the frozen weights. None takes bfloat16 if the machine computes in it, otherwise float32.
 
-    `forward` takes no `inputs_embeds`, `position_ids`, `output_*` or `return_dict`, and a hook on `model.bert`, its
-    encoder, its last block or a `LoRALayer`'s base is not called. `model(...)` takes and calls all but the last.
+    `forward` takes no `inputs_embeds`, `position_ids`, `output_*` or `return_dict`. It skips hooks on `model.bert`,
+    the encoder, the last block, its attention and the layers' bases. `self.model(...)` skips only the bases'.
 
     Attributes: `model` is the `BertForSequenceClassification` with the layers in it. `options` holds the settings that
     are saved with an adapter. `fingerprint` is the SHA-256 of the base's model.safetensors, as the hub shows it.
@@ -938,7 +940,7 @@ class LoRABertModel(nn.Module):
         """Return logits (batch, num_labels) in float32 and, given labels (batch,), the mean cross-entropy in nats.
 
         The other arguments have the shape (batch, tokens). The attention mask is 0 where a token is padding.
-        Raises ValueError for labels of another shape or dtype, and for one that is not among 0..num_labels-1.
+        Raises ValueError for labels of another shape or dtype or outside 0..num_labels-1, and as `encode` does.
         """
         pooled = self.encode(input_ids, attention_mask, token_type_ids)  # (batch, width)
         logits = self.model.classifier(pooled).float()  # (batch, num_labels)
@@ -955,7 +957,10 @@ class LoRABertModel(nn.Module):
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Return the pooler's output, which the head reads: (batch, width)."""
+        """Return the pooler's output, which the head reads: (batch, width).
+
+        Raises ValueError for more tokens than the BERT has positions, and for an id that it does not know.
+        """
         bert = self.model.bert
         if input_ids.shape[1] > self.config.max_position_embeddings:
             limit = f"{self.config.max_position_embeddings} tokens: set tokenizer.model_max_length to it"
@@ -974,7 +979,7 @@ class LoRABertModel(nn.Module):
         return bert.pooler(_last_block_cls(last, hidden, mask))
 
     def __getattr__(self, name):
-        # What `transformers.Trainer` asks of a model: transformers' own answers.
+        # `transformers.Trainer` asks for these. The BERT inside answers.
         if name in ("config", "device", "dtype", "gradient_checkpointing_enable", "activation_checkpointing_enable"):
             return getattr(self.model, name)
         return super().__getattr__(name)
@@ -992,7 +997,7 @@ class LoRABertModel(nn.Module):
 
         Each update is added to its stored weight in float32. A base stored in bfloat16 keeps its rounding: load with
         dtype=torch.float32 to merge into the checkpoint's own weights. The checkpoint's dropout is restored.
-        A quantised base is decoded. Quantising the result again would lose most of a small update (see lesson 2).
+        A quantised base is decoded. Quantising again loses most of a small update (see the q-LoRA notebook).
         """
         weights = {}
         for name, tensor in self.model.state_dict().items():
@@ -1024,7 +1029,7 @@ class LoRABertModel(nn.Module):
         return state | dict(head.named_parameters("base_model.model.classifier"))
 
     def _refuse_unsaved(self):
-        """Raise ValueError for a tensor that is trained, or not the checkpoint's, and that an adapter's file lacks."""
+        """Raise ValueError for a tensor outside the adapter's file that is trained or differs from the checkpoint."""
         self.model.apply(_unpack_integers)  # the codes are buffers then
         found = {}
         for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
@@ -1045,14 +1050,14 @@ class LoRABertModel(nn.Module):
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(f"model.{name} is trained, and {keep}, or freeze it")
             if tensor is None or original is None or not torch.equal(tensor.cpu(), original.to(tensor.dtype)):
-                raise ValueError(f"model.{name} is no longer as in {self._source[0]}, and {keep}")
+                raise ValueError(f"model.{name} differs from {self._source[0]}, and {keep}")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter and head as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
         `PeftModel.from_pretrained(bert, folder)` reads them. So does `from_pretrained` below, which also checks the
-        fingerprint of the base. Raises ValueError, before anything is written, for values that are not finite, and for
-        a tensor that the file does not hold and that is trained or no longer the checkpoint's.
+        fingerprint of the base. Raises ValueError, before anything is written, for a value that is not finite, and for
+        a tensor outside the file that is trained or changed.
         """
         self._refuse_unsaved()
         config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": self.model_name}
@@ -1331,11 +1336,11 @@ _PEFT_ACCEPTED = {
 }
 _PEFT_IGNORED = {"base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version"}
 _PEFT_IGNORED |= {"megatron_core", "qalora_group_size"}
-_CONVERT = "transformers writes one by BertModel.from_pretrained(old_folder).save_pretrained(new_folder)"
+_CONVERT = "transformers writes it by BertForSequenceClassification.from_pretrained(old).save_pretrained(new)"
 
 
 def _write_adapter(folder, names, config, tensors, fingerprint):
-    """Write a config and its tensors, each complete or not at all. The tensors' metadata repeats config and base."""
+    """Write a config and its tensors, each complete or not at all. Their metadata has config and fingerprint."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():

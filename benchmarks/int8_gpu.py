@@ -7,8 +7,8 @@ x and g to integers, each with a scale t = max |x| / 127, multiplies them by the
 multiplies by both scales. For g it has a copy of W with one scale per column. "int8, fused" does the same through
 torch.compile, in fewer passes over memory. "int8, products only" neither rounds nor scales.
 
-The ways take turns, kernel by kernel, and then as CUDA graphs without gaps between kernels. Print how many times as
-fast as bfloat16 each way is: the median of the rounds with its quartiles.
+The ways take turns, first launched kernel by kernel, then as CUDA graphs, without gaps. Print how many times as fast
+as bfloat16 each way is: the median of the rounds with its quartiles.
 """
 
 import statistics
@@ -56,7 +56,7 @@ def through(way, sets):
 
 
 def measure(calls):
-    """Return {name: [sets a second, round by round]}, without two rounds to warm up."""
+    """Return {name: [sets per second, by round]}, without two warm-up rounds."""
     rates = {name: [] for name in calls}
     for i in range(ROUNDS + 2):
         for name in list(calls) if i % 2 else reversed(calls):

@@ -6,7 +6,7 @@
 
     --model packaged          the 6-layer BERT instead of the shape of BERT-base with random weights
     --data folder             SST-2 (a folder); without it phrases of movie_phrases, cut to SST-2's lengths
-    --held-to AVX2            the CPU held to an instruction set: AVX2, AVX2_VNNI or AVX512_CORE_VNNI
+    --held-to AVX2            the CPU held to an instruction set: AVX2, AVX2_VNNI, AVX512_CORE_VNNI or _BF16
 
 Batches of 32 from the same 1,600 sentences, rank 8, query and value. The contenders take turns batch by batch, every
 time in the other order. A ratio is taken round by round; its median and its quartiles are printed, and saved with all

@@ -731,7 +731,7 @@ def _ways_to_spend(runs, budget):
 # The parts of a bar: label, the ledger's rows in it, colour, hatching.
 _PARTS_OF_A_LEDGER = [
     ("frozen weights", ("frozen weights", "position ids"), "#bbbbbb", ""),
-    ("the same for the backward pass", ("frozen weights, for backward",), "#bbbbbb", "//"),
+    ("8-bit copy for backward", ("frozen weights, for backward",), "#bbbbbb", "//"),
     ("embeddings", ("embeddings",), "#777777", ""),
     ("scales and code tables", ("scales and code tables",), QBASE, ""),
     ("A, B and head", ("A and B", "head"), QLORA, "//"),

@@ -9,18 +9,18 @@ def check_settings(settings: dict) -> None:
     """Refuse parameters of a notebook that cannot work.
 
     Args:
-        settings: {name: value}, such as a notebook's `globals()`. Only the names of parameters are looked at.
+        settings: {name: value}, such as a notebook's `globals()`.
 
-    Raises ValueError for the first wrong value, and says what is allowed. Before its first pass, when MACHINE is not
-    set yet, a notebook holds no constants but its parameters: any other is refused as a misspelt one.
+    Raises ValueError for the first wrong value or misspelt name, and says what is allowed. A notebook sets MACHINE
+    after this check. Before that, any other constant, and any name close to a parameter's, counts as misspelt.
     """
     for name, value in settings.items():
-        is_constant = re.fullmatch("[A-Z][A-Z0-9_]+", name) and isinstance(value, CONSTANTS)
-        wanted = difflib.get_close_matches(name.upper(), RULES, 1, cutoff=0.8) if isinstance(value, CONSTANTS) else []
-        unknown = is_constant and name != "REPOSITORY" and "MACHINE" not in settings
-        if name not in RULES and (wanted or unknown):
-            allowed = wanted[0] if wanted else ", ".join(RULES)
-            raise ValueError(f"{name} is {value!r}, but no parameter has this name: allowed is {allowed}")
+        if name in RULES or name == "REPOSITORY" or "MACHINE" in settings or not isinstance(value, CONSTANTS):
+            continue
+        wanted = difflib.get_close_matches(name.upper(), RULES, 1, cutoff=0.8)
+        if wanted or re.fullmatch("[A-Z][A-Z0-9_]+", name):
+            allowed = f"allowed is {wanted[0]}" if wanted else f"allowed are {', '.join(RULES)}"
+            raise ValueError(f"{name} is {value!r}, but no parameter has this name: {allowed}")
     for name, (is_right, allowed) in RULES.items():
         if name in settings and not is_right(settings[name]):
             raise ValueError(f"{name} is {settings[name]!r}: it must be {allowed}")

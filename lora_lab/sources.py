@@ -134,7 +134,7 @@ def find_model(model: str = "auto", announce: bool = True) -> Checkpoint:
 
     Returns a `Checkpoint`. Give name and folder to `LoRABertModel`, the folder to `AutoTokenizer.from_pretrained`.
     Raises ValueError for a model that is neither a folder, nor in the cache, nor on the hub, and for a trained head
-    that calls 0 positive. Raises OSError if "auto" finds neither the hub nor the package, and says what to install.
+    that calls 0 positive or 1 negative. Raises OSError if "auto" finds neither the hub nor the package.
     """
     name = DEFAULT_MODEL if model == "auto" else os.path.expanduser(str(model))
     if os.path.isdir(name):
@@ -151,7 +151,7 @@ def find_model(model: str = "auto", announce: bool = True) -> Checkpoint:
 
 
 def _check_label_names(checkpoint):
-    """Refuse a checkpoint whose own head calls 0 positive or 1 negative: every accuracy would be turned round."""
+    """Refuse a checkpoint whose own head calls 0 positive or 1 negative. The data's labels are the reverse."""
     config, weights = checkpoint.folder / "config.json", checkpoint.folder / "model.safetensors"
     if not (config.is_file() and weights.is_file()):
         return  # the model says what is missing
