@@ -10,6 +10,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -285,6 +286,22 @@ def unpack(packed: Tensor, bits: int, shape: Iterable[int]) -> Tensor:
     return q.to(torch.int8).view(shape)
 
 
+@functools.cache
+@torch.inference_mode(False)
+def _levels_of_bytes(bits, device):
+    """Return the levels q + ½ in each byte of packed integers, where they are whole: float32 (256, 8 / bits)."""
+    return unpack(torch.arange(256, dtype=torch.uint8, device=device), bits, (256, 8 // bits)).float() + 0.5
+
+
+def _decode_packed(packed, scales, bits, width):
+    """Decode packed integers with one scale per row: float32 (rows, width)."""
+    shape = (len(scales), width)
+    if 8 % bits:  # a number can lie in two bytes
+        return dequantize(unpack(packed, bits, shape), scales[:, None])
+    levels = _levels_of_bytes(bits, packed.device).index_select(0, packed.int())  # (bytes, 8 / bits)
+    return scales[:, None] * levels.flatten()[: math.prod(shape)].view(shape)
+
+
 class FakeQuantize(torch.autograd.Function):
     """Round a matrix as `quantize` does and pass the gradient straight through the rounding.
 
@@ -342,9 +359,9 @@ class QuantizedLoRALayer(_Float32Scales, LoRALayer):
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """Return the rounded A (rank, in) and B (out, rank). In training, gradients pass straight through."""
         if self.packed:
-            A = unpack(self.A_codes, self.bits, (self.rank, self.base.in_features))  # (rank, in)
-            B = unpack(self.B_codes, self.bits, (self.rank, self.base.out_features))  # (rank, out)
-            return dequantize(A, self.A_scales[:, None]), dequantize(B, self.B_scales[:, None]).T
+            A = _decode_packed(self.A_codes, self.A_scales, self.bits, self.base.in_features)  # (rank, in)
+            B = _decode_packed(self.B_codes, self.B_scales, self.bits, self.base.out_features)  # (rank, out)
+            return A, B.T
         if self.base.in_features == self.base.out_features:  # one call takes less time than two
             both = FakeQuantize.apply(torch.cat([self.lora_A, self.lora_B.T]), self.bits)  # (2 · rank, in)
             A, B = both.split(self.rank)
