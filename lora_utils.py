@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import threading
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -270,7 +271,7 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 
 def pack(q: Tensor, bits: int) -> Tensor:
     """Pack n signed integers of `bits` bits into ceil(n · bits / 8) bytes, uint8, the first in the highest bits."""
-    numbers = q.flatten().long() + 2 ** (bits - 1)  # (n,), from 0 on
+    numbers = q.flatten().long() + 2 ** (bits - 1) & 2**bits - 1  # (n,), from 0 on
     numbers = F.pad(numbers, (0, -len(numbers) % 8)).view(-1, 8)  # (words, 8)
     words = (numbers << torch.arange(7, -1, -1, device=q.device) * bits).sum(-1, keepdim=True)  # (words, 1)
     packed = words >> torch.arange(bits - 1, -1, -1, device=q.device) * 8 & 255  # (words, bits), each a byte
@@ -278,7 +279,9 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: Iterable[int]) -> Tensor:
-    """Return the integers that `pack` packed, int8, in their shape."""
+    """Return the integers that `pack` packed, int8, in their shape. Raise ValueError for another number of bytes."""
+    if len(packed) != math.ceil(math.prod(shape) * bits / 8):
+        raise ValueError(f"packed has {len(packed)} bytes: {tuple(shape)} of {bits} bits must have another number")
     packed = F.pad(packed, (0, -len(packed) % bits)).view(-1, bits).long()  # (words, bits), each a byte
     words = (packed << torch.arange(bits - 1, -1, -1, device=packed.device) * 8).sum(-1, keepdim=True)  # (words, 1)
     numbers = words >> torch.arange(7, -1, -1, device=packed.device) * bits & 2**bits - 1  # (words, 8)
@@ -581,6 +584,9 @@ class _PackedIntegers:
         return columns.T.to(torch.int8, memory_format=torch.contiguous_format)
 
 
+_PACKING = threading.RLock()  # several threads may call one model
+
+
 class QuantizedLinear(_QuantizedWeight):
     """Compute a frozen linear layer from a weight in 8 or 4 bits. Use it wherever a frozen `nn.Linear` stands.
 
@@ -617,8 +623,8 @@ class QuantizedLinear(_QuantizedWeight):
     def _forward_frozen(self, x):
         """Compute y (n, out) for x (n, in), outside autograd."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._pack_for(x):
-            y, scale = self.packed_integers["forward"].multiply(x)  # (n, out), (n, 1)
+        if packed := self._pack_for(x):
+            y, scale = packed["forward"].multiply(x)  # (n, out), (n, 1)
         elif self.bits == 4 or x.dtype == torch.float16:  # in float16 sums of integers overflow
             return F.linear(x, self.dequantize(x.dtype), bias)
         else:
@@ -628,13 +634,13 @@ class QuantizedLinear(_QuantizedWeight):
 
     def _input_gradient(self, g):
         """Compute the gradient of x (n, in), given that of y (n, out)."""
-        if self._pack_for(g):
-            if "backward" not in self.packed_integers:
-                with torch.inference_mode(False):
-                    weight = self.packed_integers["forward"].codes() * (self.absmax / 127)  # Ŵ (out, in)
-                    packed = _PackedIntegers(**self._to_int8(weight.T.contiguous()), kernel=self.int8_arithmetic)
-                    self.packed_integers["backward"] = packed
-            grad_x, t = self.packed_integers["backward"].multiply(g)  # (n, in), (n, 1)
+        if packed := self._pack_for(g):
+            with torch.inference_mode(False), _PACKING:
+                if "backward" not in packed:
+                    weight = packed["forward"].codes() * (self.absmax / 127)  # Ŵ (out, in)
+                    columns = self._to_int8(weight.T.contiguous())
+                    packed["backward"] = _PackedIntegers(**columns, kernel=packed["forward"].kernel)
+            grad_x, t = packed["backward"].multiply(g)  # (n, in), (n, 1)
             return grad_x.mul_(t)
         if self.bits == 4 or g.dtype == torch.float16:
             return g @ self.dequantize(g.dtype)
@@ -642,16 +648,17 @@ class QuantizedLinear(_QuantizedWeight):
         return (g * scale) @ self.codes.to(g.dtype)
 
     def _pack_for(self, x):
-        """Pack the integers for products with x and return True, or restore `codes` and return False."""
+        """Return the integers packed for products with x. Where none are possible, restore `codes` and return {}."""
         possible = self.bits == 8 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-        kernel = self.int8_arithmetic if possible else None
-        if self.packed_integers and self.packed_integers["forward"].kernel != kernel:
-            _unpack_integers(self)
-        if kernel and not self.packed_integers:
-            with torch.inference_mode(False):  # what is packed while predicting is used in training too
-                self.packed_integers["forward"] = _PackedIntegers(self.codes, self.absmax, kernel)
-            self.codes = None
-        return bool(kernel)
+        differentiable = torch.is_grad_enabled() and x.requires_grad  # only in a double backward pass
+        kernel = self.int8_arithmetic if possible and not differentiable else None
+        with torch.inference_mode(False), _PACKING:  # what is packed while predicting is used in training too
+            if self.packed_integers and self.packed_integers["forward"].kernel != kernel:
+                _unpack_integers(self)
+            if kernel and not self.packed_integers:
+                self.packed_integers = {"forward": _PackedIntegers(self.codes, self.absmax, kernel)}
+                self.codes = None
+            return self.packed_integers
 
     def _apply(self, fn, recurse=True):
         _unpack_integers(self)
@@ -664,10 +671,10 @@ class QuantizedLinear(_QuantizedWeight):
 
 def _unpack_integers(layer, *args):
     """Restore the buffer `codes` of a `QuantizedLinear`, and drop what was packed. Leave other modules alone."""
-    if getattr(layer, "packed_integers", None):
-        with torch.inference_mode(False):
+    with torch.inference_mode(False), _PACKING:
+        if getattr(layer, "packed_integers", None):
             layer.codes = layer.packed_integers["forward"].codes()
-        layer.packed_integers = {}
+            layer.packed_integers = {}
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
@@ -1001,6 +1008,10 @@ class LoRABertModel(nn.Module):
             return getattr(self.model, name)
         return super().__getattr__(name)
 
+    def named_buffers(self, *args, **kwargs):
+        self.apply(_unpack_integers)  # so that models which are compared or averaged have the same buffers
+        return super().named_buffers(*args, **kwargs)
+
     def print_trainable_parameters(self) -> None:
         """Print the number of trained and of all parameters. A quantised weight counts by its elements."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -1047,10 +1058,11 @@ class LoRABertModel(nn.Module):
 
     def _refuse_unsaved(self):
         """Raise ValueError for a tensor outside the adapter's file that is trained or differs from the checkpoint."""
-        self.model.apply(_unpack_integers)  # the codes are buffers then
         found = {}
-        for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
-            if not re.search(r"\.lora_[AB]$|\.[AB]_(codes|scales)$|\.merged_weight$|^classifier\.", name):
+        saved = r"\.lora_[AB]$|\.[AB]_(codes|scales)$|\.merged_weight$|^classifier\.(weight|bias)$"
+        for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers()):
+            name = name.removeprefix("model.")
+            if not re.search(saved, name):
                 found[name.replace(".base.", ".")] = tensor
         if self._source[0].is_file():
             with torch.device("meta"):

@@ -107,7 +107,8 @@ def _count_weights(counter, model):
                 counter.add("scales of A and B", scales)
         elif isinstance(module, nn.Embedding):
             counter.add("embeddings", module.weight)
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+    inner = getattr(model, "model", model)  # the outer model would unpack integers for the list of its buffers
+    for name, tensor in itertools.chain(model.named_parameters(), inner.named_buffers()):
         if name.endswith("_ids"):
             counter.add("position ids", tensor)
         elif ".lora_" in name:

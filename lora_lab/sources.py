@@ -19,7 +19,7 @@ import datasets
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
 PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -155,14 +155,16 @@ def _check_label_names(checkpoint):
     config, weights = checkpoint.folder / "config.json", checkpoint.folder / "model.safetensors"
     if not (config.is_file() and weights.is_file()):
         return  # the model says what is missing
-    names = json.loads(config.read_text(encoding="utf-8")).get("id2label") or {}
-    first, second = (str(names.get(label, "")).lower() for label in ("0", "1"))
-    if not (first.startswith("pos") or second.startswith("neg")):
-        return
-    with safe_open(weights, "pt") as opened:
-        has_head = "classifier.weight" in opened.keys()  # noqa: SIM118
-    if has_head:
-        found = f"the head of {checkpoint.name} labels 0 {names['0']} and 1 {names['1']}"
+    try:
+        names = dict(dict(json.loads(config.read_text(encoding="utf-8"))).get("id2label") or {})
+        with safe_open(weights, "pt") as opened:
+            has_head = "classifier.weight" in opened.keys()  # noqa: SIM118
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"config.json or model.safetensors in {checkpoint.folder} is damaged ({error})") from None
+    first, second = (str(names.get(label)) for label in ("0", "1"))
+    turned = re.match(r"pos(itive)?\b", first, re.IGNORECASE) or re.match(r"neg(ative)?\b", second, re.IGNORECASE)
+    if has_head and turned:
+        found = f"the head of {checkpoint.name} labels 0 {first} and 1 {second}"
         raise ValueError(f"{found}, but in the data 0 is negative and 1 positive: exchange the head's rows and names")
 
 

@@ -6,6 +6,7 @@ import pickle
 import statistics
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -304,6 +305,58 @@ def test_a_model_that_never_trained_holds_hardly_more_bytes_for_integer_products
     packed = sum(row.num_bytes for row in memory_ledger(model) if row.what == "frozen weights, for backward")
     shapes = [module.shape for module in linear if "backward" in module.packed_integers]
     assert packed == sum(out * width + 8 * width for out, width in shapes) > 0
+
+
+@needs_x86
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_several_threads_can_call_one_layer(kernel):
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    failures = []
+
+    def call(layer, start, dtype):
+        start.wait()
+        try:
+            layer(torch.randn(4, 64, dtype=dtype))
+        except Exception as error:
+            failures.append(error)
+
+    for _ in range(50):
+        start = threading.Barrier(6)
+        layer = with_integers(kernel, inputs=64)[0]
+        threads = [threading.Thread(target=call, args=(layer, start, torch.float32)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    sys.setswitchinterval(interval)
+    assert failures == []
+
+
+@needs_x86
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_double_backward_pass_is_near_that_of_the_exact_product(kernel):
+    base, W, _ = with_integers(kernel, bias=False)
+    x = torch.randn(4, 384, requires_grad=True)
+    (g,) = torch.autograd.grad(base(x).pow(2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(g.pow(2).sum(), x)
+    hessian = 2 * W.T @ W
+    assert relative_error(second, 2 * g.double() @ hessian) < 3e-2  # the rounding of the first products is in it
+
+
+@needs_x86
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_weights_of_a_packed_model_can_be_averaged(bert, batch, kernel):
+    model = randomise(qLoRABertModel(str(bert), base_bits=8, dtype=torch.float32))
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.int8_arithmetic = kernel
+    average = torch.optim.swa_utils.AveragedModel(model)
+    loss = model(**batch).loss
+    loss.backward()
+    average.update_parameters(model)
+    average.update_parameters(model)
+    assert torch.allclose(average(**batch).loss, loss, atol=1e-5)
 
 
 @needs_x86

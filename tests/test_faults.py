@@ -93,6 +93,17 @@ def test_a_model_that_is_copied_pickled_merged_or_cast_is_saved_all_the_same(ber
     assert torch.allclose(loaded(**batch).logits, model.eval()(**batch).logits, atol=0.3)
 
 
+def test_what_is_trained_beside_the_bert_or_in_another_head_is_refused_too(bert, tmp_path):
+    model = model_of(bert)
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"extra\.weight is trained"):
+        model.save_pretrained(tmp_path)
+    model = model_of(bert)
+    model.model.classifier = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"classifier\.0\.weight is trained"):
+        model.save_pretrained(tmp_path)
+
+
 def test_an_adapter_is_saved_with_a_warning_when_its_checkpoint_is_gone(bert, batch, tmp_path):
     shutil.copytree(bert, tmp_path / "bert")
     model = model_of(tmp_path / "bert")
@@ -197,6 +208,17 @@ def test_the_lessons_refuse_a_head_whose_names_contradict_the_data(bert, tmp_pat
     classifier_of(bert, tmp_path, names)
     with pytest.raises(ValueError, match=r"labels 0 .*[pP]\w+.*in the data 0 is negative"):
         find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("names", ['{"0": "POSITIVE"}', '["neg", "pos"]', '"x"', "nothing", '{"0": "possible"}'])
+def test_odd_names_of_labels_are_refused_in_words_or_taken(bert, tmp_path, names):
+    classifier_of(bert, tmp_path, {0: "LABEL_0", 1: "LABEL_1"})
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "id2label": ' + names + "}")
+    if "possible" in names:
+        find_model(str(tmp_path), announce=False)
+    else:
+        with pytest.raises(ValueError, match=r"config\.json or .* is damaged|labels 0 POSITIVE and 1 None"):
+            find_model(str(tmp_path))
 
 
 # A base that is not finite

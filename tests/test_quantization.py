@@ -356,3 +356,9 @@ def test_rounding_jointly_refuses_what_is_not_finite(wrong):
     A[0, 0] = wrong
     with pytest.raises(ValueError, match=f"A holds {wrong}"):
         quantize_jointly(A, B, 4)
+
+
+def test_packed_bytes_of_another_length_are_refused_and_a_number_that_is_too_large_stays_alone():
+    with pytest.raises(ValueError, match=r"packed has 5 bytes: \(12,\) of 4 bits"):
+        unpack(torch.zeros(5, dtype=torch.uint8), 4, (12,))
+    assert unpack(pack(torch.tensor([1, 2, 8, 3]), 4), 4, (4,)).tolist() == [1, 2, -8, 3]
