@@ -1008,9 +1008,10 @@ class LoRABertModel(nn.Module):
             return getattr(self.model, name)
         return super().__getattr__(name)
 
-    def named_buffers(self, *args, **kwargs):
-        self.apply(_unpack_integers)  # so that models which are compared or averaged have the same buffers
-        return super().named_buffers(*args, **kwargs)
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """Yield (name, buffer) as PyTorch does, of all integers too: two models then have the same buffers."""
+        self.apply(_unpack_integers)
+        return super().named_buffers(prefix, recurse, remove_duplicate)
 
     def print_trainable_parameters(self) -> None:
         """Print the number of trained and of all parameters. A quantised weight counts by its elements."""
