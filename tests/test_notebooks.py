@@ -7,10 +7,12 @@ import copy
 import importlib.metadata
 import itertools
 import json
+import queue
 import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -369,13 +371,14 @@ def execute(notebook):
     NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(ROOT)}}).execute()
 
 
-def test_a_message_whose_coming_goes_unnoticed_is_received():
+@pytest.mark.parametrize("seconds", [None, 60])
+def test_a_message_whose_coming_goes_unnoticed_is_received(seconds):
     async def receive():
         with zmq.asyncio.Context() as context, context.socket(zmq.PAIR) as kernel, context.socket(zmq.PAIR) as client:
             kernel.bind("inproc://kernel")
             client.connect("inproc://kernel")
             session = Session()
-            message = asyncio.create_task(AsyncZMQSocketChannel(client, session).get_msg())
+            message = asyncio.create_task(AsyncZMQSocketChannel(client, session).get_msg(seconds))
             await asyncio.sleep(0.1)
             asyncio.get_running_loop().remove_reader(client.FD)  # what would wake it
             session.send(kernel, "status")
@@ -421,6 +424,19 @@ def test_every_cell_can_be_interrupted_and_run_again_and_again(name, parameters)
     notebook.cells = [*cells, nbformat.v4.new_code_cell(NOTHING_IS_STACKED)]
     execute(notebook)
     assert re.fullmatch(r"models, none of them stacked: [1-9]\d*\n", notebook.cells[-1].outputs[-1].text)
+
+
+def test_a_message_that_does_not_come_is_waited_for_as_long_as_is_asked():
+    async def receive(seconds):
+        with zmq.asyncio.Context() as context, context.socket(zmq.PAIR) as client:
+            client.bind("inproc://nobody")
+            await AsyncZMQSocketChannel(client, Session()).get_msg(seconds)
+
+    for seconds in (0, 0.2, 1.3):
+        start = time.monotonic()
+        with pytest.raises(queue.Empty):
+            asyncio.run(receive(seconds))
+        assert seconds <= time.monotonic() - start < seconds + 1
 
 
 NOTHING_IS_STACKED = """

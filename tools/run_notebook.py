@@ -5,8 +5,10 @@ python tools/run_notebook.py --in-place LoRA_implementation.ipynb  over the note
 """
 
 import argparse
+import math
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -20,17 +22,19 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 def look_for_messages_every_second() -> None:
     """Make Jupyter clients in this process look for a kernel's message every second, and not only when woken.
 
-    On a crowded machine a wake-up can get lost (seen once, with pyzmq 27.3). The client then waits for ever for a
-    message that is there. papermill's client receives its messages in this way too.
+    A wake-up can get lost (seen with pyzmq 27.3). The client then waits for a message that is there, until its time
+    limit or for ever. papermill's client receives its messages in this way too.
     """
     receive = AsyncZMQSocketChannel.get_msg
     if receive.__name__ == "get_msg_by_polling":
         return
 
     async def get_msg_by_polling(channel, timeout=None):
-        while timeout is None and not await channel.socket.poll(1000):
-            pass
-        return await receive(channel, timeout)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while (seconds := deadline - time.monotonic()) > 0:
+            if await channel.socket.poll(1000 * min(seconds, 1)):
+                break
+        return await receive(channel, 0)
 
     AsyncZMQSocketChannel.get_msg = get_msg_by_polling
 
