@@ -169,7 +169,26 @@ def integer_products():
     header = ["int8 base ÷ LoRA, A and B in 8 or 4 bits", *(f"{parts['training']}, {bits}" for bits in (8, 4))]
     for title in list(parts.values())[1:]:
         header += [f"{title}, 8", f"{title}, 4", "8 ÷ `torch.ao`"]
-    return f"{table(header, rows)}\n\n{made_on(found['training'])}"
+    return f"{table(header, rows)}\n\n{ranges_without_amx(found)}\n\n{made_on(found['training'])}"
+
+
+def ranges_without_amx(found):
+    """Say between which ratios q-LoRA on an int8 base lies, in {part: {(model, machine): result}}."""
+    over_lora, over_ao = {}, []
+    for part, results_of_part in found.items():
+        for (_, machine), result in results_of_part.items():
+            for entry in result["ratios"]:
+                ratio = entry["ratio"][0]
+                if entry["under"] == "LoRA" and "int8 base" in entry["over"] and "amx" not in machine:
+                    over_lora.setdefault(part, []).append(ratio)
+                if entry["under"].startswith("torch.ao"):
+                    over_ao.append(ratio)
+    training, batches, one = (f"{number(min(values))} to {number(max(values))}" for values in over_lora.values())
+    faster = sum(ratio < 1 for ratio in over_ao)
+    return (
+        f"Without AMX: {training} in training, {batches} in batches, {one} for one sentence. "
+        f"`torch.ao`, which cannot train, predicts faster in {faster} of {len(over_ao)} cases."
+    )
 
 
 def integer_products_on_a_gpu():

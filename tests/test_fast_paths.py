@@ -108,6 +108,14 @@ def with_integers(kernel, dtype=torch.float32, bias=True, inputs=384, outputs=48
     return base, W, b
 
 
+def multiply_integers(model, kernel):
+    """Let a model multiply integers, and return the layers that do."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    for layer in layers:
+        layer.int8_arithmetic = kernel
+    return layers
+
+
 def rounded(x, kernel):
     """Round the rows of x to -126 .. 126, or to even numbers there, in float64."""
     step = x.double().abs().amax(-1, keepdim=True) / (126 if kernel == "onednn" else 63)
@@ -277,9 +285,7 @@ def test_a_model_that_multiplies_integers_is_saved_and_merged_as_before(bert, ba
     model = randomise(qLoRABertModel(str(bert), base_bits=8, dtype=torch.float32))
     exact = {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
     model.save_pretrained(tmp_path / "before")
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.int8_arithmetic = kernel
+    multiply_integers(model, kernel)
     loss = model(**batch).loss
     loss.backward()
     model.save_pretrained(tmp_path / "after")
@@ -293,10 +299,8 @@ def test_a_model_that_multiplies_integers_is_saved_and_merged_as_before(bert, ba
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_model_that_never_trained_holds_hardly_more_bytes_for_integer_products(bert, batch, kernel):
     model = qLoRABertModel(str(bert), base_bits=8, dtype=torch.float32)
-    linear = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     before = memory_ledger(model).total_bytes()
-    for module in linear:
-        module.int8_arithmetic = kernel
+    linear = multiply_integers(model, kernel)
     with torch.inference_mode():
         model(**batch)
     assert before < memory_ledger(model).total_bytes() < 1.05 * before
@@ -348,9 +352,7 @@ def test_a_double_backward_pass_is_near_that_of_the_exact_product(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_weights_of_a_packed_model_can_be_averaged(bert, batch, kernel):
     model = randomise(qLoRABertModel(str(bert), base_bits=8, dtype=torch.float32))
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.int8_arithmetic = kernel
+    multiply_integers(model, kernel)
     average = torch.optim.swa_utils.AveragedModel(model)
     loss = model(**batch).loss
     loss.backward()
