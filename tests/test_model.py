@@ -147,6 +147,20 @@ def test_the_machine_decides_on_bf16_and_on_int8_arithmetic(monkeypatch, able, a
     assert found == (dtype, "eager", int8) and found._fields == ("dtype", "attention", "int8")
 
 
+@pytest.mark.parametrize(
+    ("bf16", "capability", "dtype"),
+    [
+        *[(True, (9, 0), torch.bfloat16), (True, (8, 0), torch.bfloat16)],
+        *[(False, (7, 5), torch.float16), (False, (7, 0), torch.float16), (False, (6, 1), torch.float32)],
+    ],
+)
+def test_a_gpu_without_bf16_takes_float16_if_it_has_tensor_cores(monkeypatch, bf16, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert detect_compute_format() == (dtype, "sdpa", None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_was_trained_merges_and_unmerges(bert, batch, dtype):
     model = LoRABertModel(str(bert), dtype=dtype, target_modules="all-linear")
