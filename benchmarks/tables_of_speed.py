@@ -71,15 +71,17 @@ def spread(values):
 
 
 def made_on(found):
-    """Say in one sentence on which machines and data results were made, with which versions, in how many rounds."""
-    words = "{device} ({cpu}), torch {torch}, transformers {transformers}, peft {peft}, bitsandbytes {bitsandbytes}"
+    """Say on which machines and data results were made, with which versions, in how many rounds."""
+    words = "Made on {device} ({cpu}), torch {torch}, transformers {transformers}, "
+    words += "peft {peft}, bitsandbytes {bitsandbytes}"
     said = []
     for result in found.values():
         device = result["machine"]["device"].replace("1 CPU threads", "1 CPU thread")
-        said.append(words.format(**result["machine"] | {"device": device}) + f"; {result['data']}")
+        said.append(f"{words.format(**result['machine'] | {'device': device})}, {result['data']}.")
     rounds = sorted({result["rounds"] for result in found.values() if "rounds" in result})
-    ending = f"; {' or '.join(map(str, rounds))} rounds." if rounds else "."
-    return "Made on " + "; and on ".join(dict.fromkeys(said)) + ending
+    if rounds:
+        said.append(f"{' or '.join(map(str, rounds))} rounds.")
+    return " ".join(dict.fromkeys(said))
 
 
 def missing(found):

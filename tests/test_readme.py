@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import accuracy
+import check_lesson
 import pytest
 import sweep
 
@@ -118,22 +119,16 @@ def test_nothing_stray_lies_at_the_top():
     assert fixed <= top <= fixed | notebooks | {"lora_lab", "data", "tests", "tools", "benchmarks"}
 
 
-def anchors(file):
-    """Return the anchors of a Markdown file's headings, as GitHub makes them."""
-    headings = re.findall(r"(?m)^#+ (.*)$", file.read_text())
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 @pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", *NOTEBOOKS])
 def test_every_file_and_heading_that_is_linked_is_there(name):
-    text = (ROOT / name).read_text()
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        path, _, anchor = target.partition("#")
-        if not target.startswith(("https://", "attachment:", "data:")):
-            file = (ROOT / name).parent / path if path else ROOT / name
-            assert file.exists(), target
-            assert not anchor or anchor in anchors(file), target
+    text = check_lesson.text_of(ROOT / name)
+    assert check_lesson.check_links(name, text) == []
     assert not re.search(r"@[A-Z]+@", text)
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_the_sentences_of_the_readmes_are_short(name):
+    assert check_lesson.check_sentences(name, check_lesson.text_of(ROOT / name)) == []
 
 
 def test_the_readme_is_a_front_door():
