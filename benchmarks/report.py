@@ -92,6 +92,7 @@ NUMBERS = {
     "NF4 base beside PEFT, CPUs": lambda: speed.span("training", NF4, "PEFT, NF4 base"),
     "NF4 base beside PEFT, GPU": lambda: speed.span("training", NF4, "PEFT, NF4 base", GPU),
     "torch.ao is faster": speed.torch_ao_is_faster,
+    "LoRA's memory beside full fine-tuning": lambda: speed.share_of_peak("LoRA", speed.FULL, "amx_bf16"),
     "LoRA's memory beside PEFT": lambda: speed.share_of_peak("LoRA", "PEFT", "cuda"),
 }
 
