@@ -242,32 +242,38 @@ def draw_differences(differences, line, file):
     """A panel for each set of sentences, a row for each setting: each seed's difference, their mean and interval."""
     import matplotlib.pyplot as plt
 
+    plt.rc("figure.constrained_layout", use=True)
     sets = sorted({where for where, *_ in differences}, reverse=True)
-    fig, axes = plt.subplots(1, len(sets), figsize=(8.5, 3.2), dpi=96, sharey=True, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(sets), figsize=(8.5, 3.4), sharex=True, sharey=True, squeeze=False)
+    clear = []  # the settings whose interval does not hold 0
     for ax, where in zip(axes[0], sets):
         rows = {key[1:]: list(seeds.values()) for key, seeds in differences.items() if key[0] == where}
         labels = [f"{bits} bits" + (f", base in {base_bits}" if base_bits else "") for bits, base_bits in rows]
         for y, ((bits, base_bits), values) in enumerate(rows.items()):
             mean, low, high = interval(values)
+            clear += [f"{labels[y]} on {where}"] * (not low <= 0 <= high)
             colour, marker = ("#009e73", "s") if base_bits else ("#d55e00", "o")
             print(f"{where}: A and B in {bits} bits, base {base_bits}: {mean:+.2f} points ({low:+.2f} to {high:+.2f})")
-            ax.plot(values, [y] * len(values), marker, color=colour, alpha=0.35, markersize=5)
+            ax.plot(values, [y] * len(values), marker, color=colour, alpha=0.5, markersize=5)
             ax.errorbar(mean, y - 0.22, xerr=[[mean - low], [high - mean]], fmt=marker, color=colour, capsize=3)
         ax.axvline(0, color="#0072b2", linewidth=1)
         ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.6, -0.6), title=where)
-        ax.set_xlabel("points of accuracy above\nunquantised LoRA")
+        ax.set_xlabel("difference from LoRA, points (95 % interval)")
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     count = max(map(len, differences.values()))
-    fig.suptitle(f"{line['model']}, {line['data']}, rank {line['settings']['rank']}, {count} paired seeds", fontsize=10)
-    fig.savefig(file)
+    title = f"{len(clear)} of {len(differences)} intervals exclude 0{': ' if clear else ''}{', '.join(clear)}"
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    source = f"{line['model']}, {line['data']}, rank {line['settings']['rank']}, {count} paired seeds"
+    fig.supxlabel(source, x=0.99, ha="right", fontsize=8.5, color="#555555")
+    fig.savefig(file, dpi=192)
 
 
 def draw(rows, line, file):
     """One row a method, one mark a seed."""
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.55 * len(rows)), dpi=96, layout="constrained")
+    fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.55 * len(rows)), dpi=192, layout="constrained")
     for y, (_, scores, method) in enumerate(rows):
         colour, marker = {"head": ("#e69f00", "D"), "lora": ("#0072b2", "o")}[method]
         mean = statistics.fmean(scores)
