@@ -1,9 +1,10 @@
 """Draw the figures of both notebooks.
 
-Every function draws what its arguments hold, and shows the figure with an alternative text. None reads a file.
-`runs` are the runs of the sweep, `own` are runs of your own, drawn as stars, and the legend calls them `label`. The
-title states what the numbers say. `title` says where they come from, and is written small below the figure. Each
-method has one colour and one marker in all figures. Call `set_style()` once before the first figure.
+Every function draws what its arguments hold, and shows the figure with an alternative text. None reads a
+file. `runs` are the runs of the sweep, `own` are runs of your own, drawn as stars, and the legend calls them
+`label`. The title of a figure is computed from what is drawn. The argument `title` says where the numbers come
+from, and is written small below the figure. Each method has one colour and one marker in all figures. Call
+`set_style()` once before the first figure.
 """
 
 import functools
@@ -25,7 +26,6 @@ from lora_lab.compare import (
     compare_seeds,
     describe,
     full_fine_tuning,
-    head_bytes,
     mean_accuracy,
     methods,
     round_after_training,
@@ -55,6 +55,7 @@ COLOUR_OF_LABEL = {"before training": REFERENCE, "head": HEAD, "LoRA": LORA, "q-
 # Method in the settings of a run, and how the figures call it. A results file may hold one of them only.
 HEADS = {"head": "head alone, pooled output", "head on mean of tokens": "head alone, mean of tokens"}
 
+LEGEND_BELOW = {"ncols": 3, "loc": "upper center", "bbox_to_anchor": (0.48, -0.16)}  # where it hides nothing
 DPI = 192  # two dots per pixel of the page, so that letters are sharp on any screen
 
 
@@ -69,21 +70,18 @@ def set_style() -> None:
 
 def _colour_of(label):
     """Return the colour of a method by its label, such as "q-LoRA, 4 bits"."""
-    if " base" in label:
-        return QBASE
-    for start, colour in COLOUR_OF_LABEL.items():
-        if label.startswith(start):
-            return colour
-    return INK
+    matching = [colour for start, colour in COLOUR_OF_LABEL.items() if label.startswith(start)]
+    return QBASE if " base" in label else (*matching, INK)[0]
 
 
 # Pieces that several figures use ------------------------------------------------------------------
 
 
 def _shown(draw):
-    """Let a function that returns a figure, its title and its source show the figure, or write it to a `file`.
+    """Make a function that returns a figure, its title and its source show the figure, or write it to a file.
 
-    The alternative text is the first line of the function's docstring, and the title.
+    The alternative text is the first line of the function's docstring, and the title. It is kept as metadata of the
+    notebook's output.
     """
 
     @functools.wraps(draw)
@@ -96,7 +94,7 @@ def _shown(draw):
         plt.close(fig)
         if file is None:
             small = io.BytesIO()  # 256 colours are enough, and take a third of the bytes
-            PIL.Image.open(png).quantize().save(small, "png", optimize=True)
+            PIL.Image.open(png).convert("RGB").quantize().save(small, "png", optimize=True)
             what = inspect.getdoc(draw).partition("\n")[0].removeprefix("Draw ")
             alt = f"{what[0].upper()}{what[1:]} {title}."
             display(Image(small.getvalue(), width=round(96 * fig.get_figwidth()), alt=alt))
@@ -112,20 +110,9 @@ def _draw_seeds(ax, x, values, colour, label=None):
     ax.plot(x, mean, marker, color=colour, markersize=9, markeredgecolor="white", linestyle="", label=label)
 
 
-def _join_seeds(ax, columns, groups, colour):
-    """Join the marks of each seed by a thin line. All groups have the same seeds in the same order."""
-    for values in zip(*groups, strict=True):
-        ax.plot(columns, values, color=colour, linewidth=0.8, alpha=0.5)
-
-
 def _annotate(ax, text, point, offset, **options):
     """Write a small text some points right of and above a point."""
     ax.annotate(text, point, offset, textcoords="offset points", **{"ha": "center", "fontsize": 9} | options)
-
-
-def _put_legend_below(ax):
-    """Put the legend below the axis, where it hides nothing."""
-    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.48, -0.16))
 
 
 def _interval(result):
@@ -248,7 +235,7 @@ def draw_update(runs: list[dict], layer: str | None = None):
     """Draw how near the update of full fine-tuning, ΔW, is to a matrix of low rank.
 
     Left: for each seed, the share of the squared norm of one layer's ΔW in its first r singular values.
-    Right: the accuracy that is left when the ΔW of every linear layer is cut to rank r, and LoRA trained at rank r.
+    Right: the accuracy that is left when the ΔW of every linear layer is cut to rank r, beside LoRA of rank r.
 
     Args:
         layer: one of `update_layers(runs)`. None takes the value layer in the middle of the model.
@@ -415,7 +402,8 @@ def _kind_and_block(name):
 def draw_ranks(runs: list[dict], own: tuple[int, Evaluation] | None = None, label: str = "your run"):
     """Draw validation accuracy against the number of trained parameters.
 
-    Drawn are LoRA by rank, full fine-tuning, and the head alone as a line. The band is the range of full fine-tuning.
+    Drawn are LoRA by rank, full fine-tuning, and the head alone as a line. The band is the range of the seeds of
+    full fine-tuning.
 
     Args:
         own: (trained parameters, `Evaluation`) of one more run, drawn as a star with its 95 % interval.
@@ -433,7 +421,8 @@ def draw_ranks(runs: list[dict], own: tuple[int, Evaluation] | None = None, labe
     for rank, x, group in zip(ranks, parameters, groups, strict=True):
         _draw_seeds(ax, x, accuracies(group), LORA, label="LoRA, by rank" if rank == ranks[0] else None)
         _annotate(ax, f"r = {rank}", (x, max(accuracies(group))), (0, 7))
-    _join_seeds(ax, parameters, [accuracies(group) for group in groups], LORA)
+    for seed in zip(*map(accuracies, groups), strict=True):
+        ax.plot(parameters, seed, color=LORA, linewidth=0.8, alpha=0.5)
     ax.plot(parameters, means, color=LORA, linewidth=2)
 
     for (name, group), style in zip(_heads(runs).items(), ("--", "-."), strict=False):
@@ -446,7 +435,7 @@ def draw_ranks(runs: list[dict], own: tuple[int, Evaluation] | None = None, labe
         ax.errorbar(1.3 * x, 100 * result.accuracy, _interval(result), label=label, **options)
     ax.set(xscale="log", xlabel="trained parameters", ylabel="validation accuracy, %")
     ax.margins(y=0.1)
-    _put_legend_below(ax)
+    ax.legend(**LEGEND_BELOW)
     high = [mean for rank, mean in zip(ranks, means, strict=True) if rank >= 4]
     finding = f"From rank 4 on, the means differ by {max(high) - min(high):.1f} points"
     return fig, finding, describe(runs)
@@ -465,7 +454,10 @@ def draw_scaling_and_rate(runs: list[dict]):
             cells.setdefault(tuple(cell.values()), []).append(run)
     scalings = sorted({scaling for scaling, _ in cells})
     rates = sorted({rate for _, rate in cells})
-    learned = {cell: group for cell, group in cells.items() if all(_gives_two_labels(run) for run in group)}
+    learned = {}  # without the cells in which a run gives all sentences one label
+    for cell, group in cells.items():
+        if all(len(set(run["results"]["validation"]["labels"])) > 1 for run in group):
+            learned[cell] = group
 
     fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.3), sharey=True)
     for ax, where in zip(axes, ("held-out", "validation"), strict=True):
@@ -478,7 +470,7 @@ def draw_scaling_and_rate(runs: list[dict]):
             text = f"{statistics.fmean(values):.1f}"
             text += f"\n±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
             text += "" if cell in learned else "\nalways one label"
-            colour = "white" if means.get(cell, low) > (low + high) / 2 else INK
+            colour = "white" if means.get(cell, low) > (low + 2 * high) / 3 else INK
             place = (rates.index(cell[1]), scalings.index(cell[0]))
             ax.text(*place, text, ha="center", va="center", color=colour, fontsize=9)
         ax.set(xticks=range(len(rates)), xticklabels=[f"{rate:g}" for rate in rates], xlabel="learning rate")
@@ -488,11 +480,6 @@ def draw_scaling_and_rate(runs: list[dict]):
     scaling, rate = max(learned, key=lambda cell: mean_accuracy(learned[cell], "held-out"))
     finding = f"The highest mean on held-out: α / r = {scaling:g} and learning rate {rate:g}"
     return fig, finding, describe(runs)
-
-
-def _gives_two_labels(run):
-    """Say whether a run gives some validation sentences another label than the others."""
-    return len(set(run["results"]["validation"]["labels"])) > 1
 
 
 @_shown
@@ -525,7 +512,7 @@ def draw_targets(runs: list[dict]):
     ax.set(yticks=range(len(labels)), yticklabels=ticks, ylim=(len(labels) - 0.5, -0.5))
     ax.set(xlabel="validation accuracy, % (large marks: means)")
     ax.grid(axis="x", alpha=0.3)
-    _put_legend_below(ax)
+    ax.legend(**LEGEND_BELOW)
     best = max(labels, key=lambda label: mean_accuracy(groups[label]))
     finding = f"The highest mean: {best}, {mean_accuracy(groups[best]):.1f} %"
     return fig, f"{finding} (default: {mean_accuracy(default):.1f} %)", f"rank {DEFAULT['rank']}; {describe(runs)}"
@@ -536,7 +523,7 @@ def draw_targets(runs: list[dict]):
 
 @_shown
 def draw_staircase(bits: int):
-    """Draw what `quantize` makes of 400 numbers from -1 to 1. Its levels are drawn at the left edge too."""
+    """Draw what `quantize` makes of 400 numbers from -1 to 1, and its levels at the left edge."""
     x = torch.linspace(-1, 1, 400)[None]  # (1, 400): one row, so one scale
     rounded = dequantize(*quantize(x, bits))[0]
     levels = rounded.unique()
@@ -555,7 +542,7 @@ def draw_rounding_errors(weight: torch.Tensor, curves: dict[str, list[float]], n
     """Draw the histogram of a weight matrix, and the relative error of rounding it against the bits.
 
     Args:
-        curves: {what shares one scale: the relative error at 2, 3, ... 8 bits}, for the matrix, a row, a block of 64.
+        curves: {label: the relative error at 2, 3, ... 8 bits}, with one scale per matrix, row, and block of 64.
         nf4, int8: the relative errors of the two codes for frozen weights.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.3))
@@ -638,13 +625,13 @@ _WAYS_OF_ROUNDING = [
 
 @_shown
 def draw_bits(runs: list[dict], own: Sequence | None = None, label: str = "your run"):
-    """Draw the difference in validation accuracy from LoRA that is not quantised, seed by seed, against the bits.
+    """Draw the difference in validation accuracy from unquantised LoRA against the bits of A and B, by seed.
 
     Drawn are training through the rounding and three ways of rounding afterwards.
 
     Args:
-        own: (bits, `Evaluation`) of one more run, drawn as a star. Other bits than 8, 4, 3 or 2 are left out. A third
-            element is the `Evaluation` of your LoRA, to compare with. Without it, the mean of the sweep is taken.
+        own: (bits, `Evaluation`) or (bits, `Evaluation`, `Evaluation` of your unquantised LoRA) of one more run. It
+            is compared with your LoRA, or with the mean LoRA of the sweep. Only 8, 4, 3 or 2 bits are drawn.
     """
     widths = [8, 4, 3, 2]
     plain = select(runs)
@@ -672,7 +659,7 @@ def draw_bits(runs: list[dict], own: Sequence | None = None, label: str = "your 
         ax.axvline(column + 0.5, color=REFERENCE, linewidth=0.5)
     ax.set(xticks=range(len(widths)), xticklabels=[f"{bits} bits" for bits in widths], xlabel="A and B")
     ax.set(ylabel="difference from LoRA, points")
-    _put_legend_below(ax)
+    ax.legend(**LEGEND_BELOW)
     finding = f"The means differ from LoRA by {min(means):+.1f} to {max(means):+.1f} points"
     return fig, finding, f"rank {DEFAULT['rank']}; {describe(runs)}"
 
@@ -688,7 +675,8 @@ def draw_budgets(runs: list[dict], budgets: Sequence[int] = (16, 64)):
     for ax, budget in zip(axes[0], budgets, strict=True):
         ways = _ways_to_spend(runs, budget)
         values = [accuracies(group) for _, _, group in ways]
-        _join_seeds(ax, range(len(ways)), values, REFERENCE)
+        for seed in zip(*values, strict=True):
+            ax.plot(range(len(ways)), seed, color=REFERENCE, linewidth=0.8, alpha=0.5)
         for column, (_, bits, _) in enumerate(ways):
             _draw_seeds(ax, column, values[column], LORA if bits == 16 else QLORA)
         labels = [f"rank {rank}\n{bits} bits\n{group[0]['bytes'] / 1000:.1f} KB" for rank, bits, group in ways]
@@ -759,8 +747,8 @@ def draw_merging(curves: dict[str, list[tuple]], trained_share: float, title: st
     Left: the share of the update that survives. Right: the relative error of the sum of weight and update.
 
     Args:
-        curves: {way of merging: [(size, share, error)]}, two of them, all numbers from 0 to 1. The size is the norm of
-            the update over the norm of the weight.
+        curves: {way of merging: [(size, share, error)]}, two of them, all numbers from 0 to 1. The size is the norm
+            of the update over the norm of the weight.
         trained_share: the size of the update as it was trained.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.3))
@@ -780,12 +768,12 @@ def draw_merging(curves: dict[str, list[tuple]], trained_share: float, title: st
     left.set_ylabel("share of the update\nthat survives, %")
     right.set_ylabel("error of the sum, % of its norm")
     left.annotate("as trained", (100 * trained_share, 3), (4, 0), textcoords="offset points", fontsize=9)
-    right.legend(loc="lower left")
+    right.legend(loc="lower left", frameon=True, framealpha=1, edgecolor="white")
     return fig, f"Of an update of {nearest[0]:.1%} of the weight, {' or '.join(at_trained)} survive", title
 
 
-# The methods of `draw_whole`: name in `methods`, text above the axes, colour, its place and height. The first ones ship
-# A, B and head, and the last ones are drawn by what the whole model holds.
+# The methods in the left and in the right panel of `draw_whole`: name in `methods`, text above the axes, colour, and
+# where the text stands.
 _SHIPPED = [
     ("q-LoRA, 2 bits", "2 bits", QLORA, "right", 1.02),
     ("q-LoRA, 4 bits", "q-LoRA, 4 bits", QLORA, "center", 1.09),
@@ -813,12 +801,13 @@ def draw_whole(runs: list[dict], own: Sequence[tuple[int, int, Evaluation]] = ()
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True)
     groups = methods(runs)
     lora = groups["LoRA"]
-    head = head_bytes(runs)
+    heads = _heads(runs)
+    head = 4 * next(iter(heads.values()))[0]["trained_parameters"]  # bytes, in float32
     for name, *how in _SHIPPED:
         _draw_method(left, (groups[name][0]["bytes"] + head) / 1e6, groups[name], *how)
     for name, *how in _HELD:
         _draw_method(right, groups[name][0]["held"] / 1e6, groups[name], *how)
-    for name, group in _heads(runs).items():
+    for name, group in heads.items():
         for ax, x, side, ha in ((left, head / 1e6, 10, "left"), (right, lora[0]["held"] / 1e6, -10, "right")):
             _draw_seeds(ax, x, accuracies(group), HEAD)
             _annotate(ax, name, (x, mean_accuracy(group)), (side, -3), ha=ha)
