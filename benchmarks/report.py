@@ -291,15 +291,20 @@ def sweep_made_on(runs):
     return f"Mean and range of the seeds, in %; {words}; made on {where} (`benchmarks/sweep.py`)."
 
 
+def learning_rate_of(group):
+    rate = group[0]["settings"]["learning_rate"]
+    return "" if rate is None else f"{rate:g}"
+
+
 def accuracy_by_rank():
     runs = sweep_runs()
     ranks = [varied["rank"] for varied in sweep.PARTS["rank"] if varied["rank"]]
-    groups = {"head only": compare.head_only(runs)}
+    groups = {name: group for name, group in compare.methods(runs).items() if name.startswith("head alone")}
     groups |= {f"LoRA, rank {rank}": compare.select(runs, rank=rank) for rank in ranks}
     groups["full fine-tuning"] = compare.full_fine_tuning(runs)
     rows = [
         [
-            *(name, f"{group[0]['trained_parameters']:,}", f"{group[0]['settings']['learning_rate']:g}"),
+            *(name, f"{group[0]['trained_parameters']:,}", learning_rate_of(group)),
             *(mean_and_range(compare.accuracies(group, where)) for where in ("validation", "held-out")),
         ]
         for name, group in groups.items()
@@ -323,14 +328,9 @@ def accuracy_by_bits():
 
 def accuracy_by_bytes():
     runs = sweep_runs()
-    groups = {"head only": compare.head_only(runs), "LoRA": (plain := compare.select(runs))}
-    groups |= {f"q-LoRA, {bits} bits": compare.select(runs, method="qlora", bits=bits) for bits in (8, 4, 3, 2)}
-    for base_bits, name in ((8, "int8"), (4, "NF4")):
-        groups[f"q-LoRA, 4 bits, {name} base"] = compare.select(runs, method="qlora", bits=4, base_bits=base_bits)
-    groups["full fine-tuning"] = compare.full_fine_tuning(runs)
-    head, rows = 4 * groups["head only"][0]["trained_parameters"], []
-    for name, group in groups.items():
-        tests = compare.compare_seeds(group, plain) if group is not plain else []
+    plain, head, rows = compare.select(runs), compare.head_bytes(runs), []
+    for name, group in compare.methods(runs).items():
+        tests = compare.compare_seeds(group, plain) if name != "LoRA" else []
         p = ", ".join(f"{test.p:.2g}" for test in tests)
         sizes = f"{group[0]['bytes'] + head:,}", f"{group[0]['held'] / 1e6:.1f}"
         rows.append([name, *sizes, mean_and_range(compare.accuracies(group)), p])
