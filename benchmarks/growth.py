@@ -72,7 +72,7 @@ def grow(rounds):
 def draw(result, file):
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 3, figsize=(8.5, 4.6), dpi=96, layout="constrained", sharex="col")
+    fig, axes = plt.subplots(2, 3, figsize=(8.5, 4.6), dpi=192, layout="constrained", sharex="col")
     for column, (what, lines) in enumerate(result["growth"].items()):
         for name, points in lines.items():
             colour, marker, style = STYLE[name]

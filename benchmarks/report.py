@@ -148,8 +148,8 @@ def draw_figure():
     """Draw every method of the sweep, and note in the file which sweep it was drawn from."""
     plt.switch_backend("agg")
     figures.set_style()
-    figures.draw_whole(compare.read_runs(RESULTS / "sweep.jsonl"))
-    plt.savefig(FIGURE, metadata={"Source": sweep_digest()})
+    runs = compare.read_runs(RESULTS / "sweep.jsonl")
+    figures.draw_whole(runs, file=FIGURE, metadata={"Source": sweep_digest()})
 
 
 def main():
