@@ -5,7 +5,7 @@ import time
 
 import torch
 
-STEPS = 4  # batches that are timed, after one to warm up
+STEPS = 6  # batches that are timed, after one to warm up
 START = 25  # seconds for imports, loading and drawing, whatever is trained
 
 
