@@ -35,7 +35,7 @@ def test_the_readme_has_the_mean_and_spread_of_every_benchmarked_method():
     for key, scores in results().items():
         row = f"| {statistics.fmean(scores):.1f} | {min(scores):.1f} to {max(scores):.1f} |"
         if key[0].startswith("head"):
-            row = f"| 770 | | {scores[0]:.1f} | one run |"  # it draws nothing, so that all seeds give the same
+            row = f"| 770 | | {scores[0]:.1f} | one run |"  # nothing is drawn
         assert len(scores) >= 3 or row.endswith("one run |")
         assert row in README, (key, row)
 
