@@ -7,7 +7,7 @@ whole training sentences instead, and trains on what is left without them and wi
 are chosen there, never on the 872. With --both it holds out 2,000 training phrases, those of some two hundred whole
 sentences, trains on all others, and evaluates on the 872 and on the 2,000, one line each.
 With --method qlora A and B are quantised, and with --base-bits the frozen weights too. With --method head the head
-alone is trained, to its end, so that the seed changes nothing (`lora_lab/baseline.py`).
+alone is trained to its end (`lora_lab/baseline.py`). Nothing is drawn then, so one seed is enough: --seeds 0.
 Each line holds seed, settings, commit and the label given to every sentence.
 `--summary` prints the lines of a results file, one row a setting, and draws them; quantised runs as differences from
 unquantised LoRA under the same seed, with the 95 % interval of their mean.
@@ -193,7 +193,7 @@ def machine(frozen_dtype):
 def name_of(settings):
     """What a run trained, in words."""
     if settings["method"] in FEATURES_OF:
-        return f"head alone, {FEATURES_OF[settings['method']]}"
+        return "head alone, " + FEATURES_OF[settings["method"]].replace("pooled", "pooled output")
     targets = settings["targets"] if isinstance(settings["targets"], str) else " and ".join(settings["targets"])
     if settings["method"] == "qlora":
         base = f", base in {settings['base_bits']} bits" if settings["base_bits"] else ""
@@ -217,7 +217,7 @@ def summarise(file):
         s, scores = json.loads(settings), [100 * line["accuracy"] for line in group]
         knobs = ("alpha", "dropout", "backbone_dropout", "learning_rate", "epochs", "batch_size")
         rest = ", ".join(f"{key} {s[key]:g}" for key in knobs if s[key] is not None)
-        print(f"{where}: {name_of(s)} ({group[0]['trained_parameters']:,} trained; {rest})")
+        print(f"{where}: {name_of(s)} ({group[0]['trained_parameters']:,} trained; {rest or 'until it has converged'})")
         print(f"    mean {statistics.fmean(scores):.2f}, seeds {' '.join(f'{score:.2f}' for score in scores)}")
         if where == "validation":
             drawn.append((f"{name_of(s)}\n{group[0]['trained_parameters']:,} trained", scores, s["method"]))

@@ -283,10 +283,14 @@ def mean_and_range(values):
     return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def sweep_made_on(runs):
+HEAD_TO_ITS_END = " (the head alone: until it has converged)"
+
+
+def sweep_made_on(runs, head=""):
+    """Say what made a table of the sweep. `head` says how the head alone was trained, where it has rows."""
     group = compare.select(runs)
     first, machine = group[0], group[0]["machine"]
-    words = f"{first['model']}, {first['data']}, one epoch of {first['trained_on']:,} phrases, {len(group)} seeds"
+    words = f"{first['model']}, {first['data']}, one epoch of {first['trained_on']:,} phrases{head}, {len(group)} seeds"
     where = f"one thread a run of a CPU with {machine['isa']}, {machine['frozen_dtype']}, torch {machine['torch']}"
     return f"Mean and range of the seeds, in %; {words}; made on {where} (`benchmarks/sweep.py`)."
 
@@ -310,7 +314,7 @@ def accuracy_by_rank():
         for name, group in groups.items()
     ]
     header = ["trained", "parameters", "learning rate", "872 validation sentences", "2,000 held-out phrases"]
-    return f"{table(header, rows)}\n\n{sweep_made_on(runs)}"
+    return f"{table(header, rows)}\n\n{sweep_made_on(runs, HEAD_TO_ITS_END)}"
 
 
 def accuracy_by_bits():
@@ -335,7 +339,7 @@ def accuracy_by_bytes():
         sizes = f"{group[0]['bytes'] + head:,}", f"{group[0]['held'] / 1e6:.1f}"
         rows.append([name, *sizes, mean_and_range(compare.accuracies(group)), p])
     header = ["method", "ships, bytes", "holds, MB", "872 validation sentences", "McNemar's p against LoRA, by seed"]
-    return f"{table(header, rows)}\n\n{sweep_made_on(runs)}"
+    return f"{table(header, rows)}\n\n{sweep_made_on(runs, HEAD_TO_ITS_END)}"
 
 
 TABLES = {
