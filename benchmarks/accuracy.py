@@ -275,9 +275,8 @@ def draw_differences(differences, line, file):
     count = max(map(len, differences.values()))
     means = [mean for mean, _, _ in intervals]
     clear = sum(not low <= 0 <= high for _, low, high in intervals)
-    title = (
-        f"Mean differences: {min(means):+.2f} to {max(means):+.2f} points; {clear} of {len(means)} intervals exclude 0"
-    )
+    title = f"Mean differences: {min(means):+.2f} to {max(means):+.2f} points; {clear} of {len(means)} intervals"
+    title += " exclude 0"
     fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     source = f"{line['model']}, {line['data']}, rank {line['settings']['rank']}, {count} paired seeds"
     fig.supxlabel(source, x=0.99, ha="right", fontsize=8.5, color="#555555")
