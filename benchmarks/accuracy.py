@@ -256,13 +256,13 @@ def draw_differences(differences, line, file):
     plt.rc("figure.constrained_layout", use=True)
     sets = sorted({where for where, *_ in differences}, reverse=True)
     fig, axes = plt.subplots(1, len(sets), figsize=(8.5, 3.4), sharex=True, sharey=True, squeeze=False)
-    clear = []  # the settings whose interval does not hold 0
+    intervals = []
     for ax, where in zip(axes[0], sets):
         rows = {key[1:]: list(seeds.values()) for key, seeds in differences.items() if key[0] == where}
         labels = [f"{bits} bits" + (f", base in {base_bits}" if base_bits else "") for bits, base_bits in rows]
         for y, ((bits, base_bits), values) in enumerate(rows.items()):
             mean, low, high = interval(values)
-            clear += [f"{labels[y]} on {where}"] * (not low <= 0 <= high)
+            intervals.append((mean, low, high))
             colour, marker = ("#009e73", "s") if base_bits else ("#d55e00", "o")
             print(f"{where}: A and B in {bits} bits, base {base_bits}: {mean:+.2f} points ({low:+.2f} to {high:+.2f})")
             ax.plot(values, [y] * len(values), marker, color=colour, alpha=0.5, markersize=5)
@@ -273,7 +273,10 @@ def draw_differences(differences, line, file):
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     count = max(map(len, differences.values()))
-    title = f"{len(clear)} of {len(differences)} intervals exclude 0{': ' if clear else ''}{', '.join(clear)}"
+    means = [mean for mean, _, _ in intervals]
+    clear = sum(not low <= 0 <= high for _, low, high in intervals)
+    title = f"Mean differences: {min(means):+.2f} to {max(means):+.2f} points; {clear} of {len(means)} intervals"
+    title += " exclude 0"
     fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     source = f"{line['model']}, {line['data']}, rank {line['settings']['rank']}, {count} paired seeds"
     fig.supxlabel(source, x=0.99, ha="right", fontsize=8.5, color="#555555")
@@ -292,6 +295,9 @@ def draw(rows, line, file):
         ax.plot([mean] * 2, [y - 0.25, y + 0.25], color=colour)
         ax.text(mean, y + 0.28, f"{mean:.1f}", ha="center", va="bottom", fontsize=9)
     ax.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], ylim=(-0.5, len(rows) - 0.3))
+    label, scores, _ = max(rows, key=lambda row: statistics.fmean(row[1]))
+    title = f"The highest mean: {label.partition(chr(10))[0]}, {statistics.fmean(scores):.1f} %"
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     ax.set_xlabel(f"accuracy on the 872 validation sentences, %, by seed and mean\n{line['model']}, {line['data']}")
     ax.grid(axis="x", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)

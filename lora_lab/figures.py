@@ -484,7 +484,7 @@ def draw_scaling_and_rate(runs: list[dict]):
 
 @_shown
 def draw_targets(runs: list[dict]):
-    """Draw validation accuracy by the layers that are adapted, and join each seed by a line of its own kind.
+    """Draw validation accuracy by the layers that are adapted, with each seed joined by a line.
 
     On the right stand the parameters, and McNemar's p against the default for each seed.
     """

@@ -26,8 +26,7 @@ def test_a_figure_is_small_and_sharp_and_has_an_alternative_text(name, shown):
     (image,) = shown
     assert len(image.data) < 150_000
     assert Image.open(io.BytesIO(image.data)).width == pytest.approx(2 * image.width, abs=1)
-    _, metadata = image._repr_mimebundle_()
-    alt = metadata["alt"] if "alt" in metadata else metadata["image/png"]["alt"]
+    alt = image._repr_mimebundle_()[1]["image/png"]["alt"]
     assert alt[0].isupper() and alt.endswith(".") and 50 < len(alt) < 300
 
 
