@@ -13,6 +13,7 @@ import pytest
 import sweep
 
 import lora_utils
+from lora_lab import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
