@@ -44,7 +44,7 @@ def test_on_movie_phrases_lora_reaches_80_percent_and_beats_the_head_alone_by_5_
         scores.append(evaluate(model, validation).accuracy)
     lora = statistics.fmean(scores)
     print(f"LoRA {lora:.1%}, head alone {head}")
-    assert lora >= 0.80 and lora >= head["pooled"] + 0.05
+    assert lora >= 0.80 and lora >= max(head.values()) + 0.05
 
 
 @pytest.mark.slow
