@@ -92,6 +92,7 @@ NUMBERS = {
     "NF4 base beside PEFT, CPUs": lambda: speed.span("training", NF4, "PEFT, NF4 base"),
     "NF4 base beside PEFT, GPU": lambda: speed.span("training", NF4, "PEFT, NF4 base", GPU),
     "torch.ao is faster": speed.torch_ao_is_faster,
+    "LoRA's memory beside full fine-tuning": lambda: speed.share_of_peak("LoRA", speed.FULL, "amx_bf16"),
     "LoRA's memory beside PEFT": lambda: speed.share_of_peak("LoRA", "PEFT", "cuda"),
 }
 
@@ -147,8 +148,8 @@ def draw_figure():
     """Draw every method of the sweep, and note in the file which sweep it was drawn from."""
     plt.switch_backend("agg")
     figures.set_style()
-    figures.draw_whole(compare.read_runs(RESULTS / "sweep.jsonl"))
-    plt.savefig(FIGURE, metadata={"Source": sweep_digest()})
+    runs = compare.read_runs(RESULTS / "sweep.jsonl")
+    figures.draw_whole(runs, file=FIGURE, metadata={"Source": sweep_digest()})
 
 
 def main():

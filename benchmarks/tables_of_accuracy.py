@@ -54,7 +54,7 @@ def sweep_made_on(runs):
     group = compare.select(runs)
     first, machine = group[0], group[0]["machine"]
     model = first["model"].rpartition("/")[2]
-    data = f"{first['data']}, one epoch of {first['trained_on']:,} phrases"
+    data = f"{first['data']}, one epoch of {first['trained_on']:,} phrases (the heads alone: until converged)"
     where = f"one thread of a CPU with {machine['isa']}, {machine['frozen_dtype']}, torch {machine['torch']}"
     return f"Mean and range of {len(group)} seeds, in %. {model}, {data}; {where} (`benchmarks/sweep.py`)."
 

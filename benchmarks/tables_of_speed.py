@@ -273,7 +273,7 @@ def speed_and_memory_in_short():
         "q-LoRA, NF4 base": "q-LoRA, NF4 base",
     }
     classes = {name: machines for name, machines in CLASSES.items() if name != "AMX"}
-    peaks = results("memory")["bert-base", "cuda"]["bytes"]
+    peaks = results("memory")["bert-base", "amx_bf16"]["bytes"]
     found = {
         over: [relative("training", "bert-base", machines, over) for machines in classes.values()] for over in names
     }
@@ -284,7 +284,7 @@ def speed_and_memory_in_short():
         for cell, column_held in zip(found[over], all_held, strict=True):
             held = " (held)" if cell and cell[1] and not column_held else ""
             cells.append(number(cell[0][0]) + held if cell else "")
-        peak = number(peaks[over]["peak"] / peaks["LoRA"]["peak"]) if over in peaks else "not measured"
+        peak = number(peaks[over]["peak"] / peaks["LoRA"]["peak"]) if over in peaks else ""
         rows.append([name, *cells, peak])
     header = ["training, BERT-base's shape"]
     for name, held in zip(classes, all_held, strict=True):
@@ -293,7 +293,7 @@ def speed_and_memory_in_short():
         "Sentences per second and peak memory relative to LoRA, medians. "
         "(held): a newer CPU was held to this instruction set."
     )
-    return f"{table([*header, 'peak memory, GPU (H100)'], rows)}\n\n{words}"
+    return f"{table([*header, 'peak memory, AMX'], rows)}\n\n{words}"
 
 
 def integer_products_on_a_gpu():

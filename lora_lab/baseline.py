@@ -1,8 +1,10 @@
-"""Train only a classifier head, to its end, on what the frozen BERT says. LoRA is compared with this baseline."""
+"""Train only a classifier head, to its end, on the frozen BERT's features: the baseline for LoRA."""
 
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
 
 from lora_utils import Evaluation, LoRABertModel, wilson_interval
@@ -12,7 +14,7 @@ FEATURES = ("pooled", "mean of tokens")
 
 @torch.inference_mode()
 def frozen_features(model: LoRABertModel, loader: DataLoader, features: str = "pooled"):
-    """Encode every sentence once. Return the features (n, width) and the labels (n,), in the order of the data.
+    """Encode every sentence once. Return the features (n, width) and the labels (n,), in the data's order.
 
     Args:
         model: a fresh model, in which B is 0, so that A and B change nothing.
@@ -20,14 +22,14 @@ def frozen_features(model: LoRABertModel, loader: DataLoader, features: str = "p
         features: "pooled" is the pooler's output of [CLS], which the model's head reads.
             "mean of tokens" is the mean of the last block's output over all tokens that are not padding.
 
-    Raises ValueError for other features, for a model with a B that is not 0, and for a loader that leaves sentences
-    out or repeats them.
+    Raises ValueError for other features, for a model with a B that is not 0, and for a loader that leaves
+    sentences out or repeats them.
     """
     if features not in FEATURES:
         raise ValueError(f"features is {features!r}: allowed are {' and '.join(map(repr, FEATURES))}")
     for name, layer in model.lora_layers().items():
         if layer.low_rank()[1].any():
-            raise ValueError(f"B of {name} is not 0, so the BERT is not as it was: give a model before training")
+            raise ValueError(f"B of {name} is not 0, so it changes the BERT: give a fresh model")
     was_training = model.training
     model.eval()
     order = []
@@ -51,17 +53,19 @@ def frozen_features(model: LoRABertModel, loader: DataLoader, features: str = "p
     return rows.double().numpy(), labels.numpy()
 
 
-def train_head(model: LoRABertModel, loader: DataLoader, features: str = "pooled") -> LogisticRegression:
+def train_head(model: LoRABertModel, loader: DataLoader, features: str = "pooled") -> Pipeline:
     """Train a logistic regression on the frozen features until it has converged. See `frozen_features`.
 
-    For two labels, it is the model's own head with the rows ±coef_/2 and the biases ±intercept_/2.
+    Each feature is first brought to mean 0 and variance 1 over the training data, because held-out training
+    phrases prefer it. The result is still linear in the features, as the model's own head is.
     """
-    return LogisticRegression(max_iter=10_000).fit(*frozen_features(model, loader, features))
+    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
+    return head.fit(*frozen_features(model, loader, features))
 
 
 def evaluate_head(
-    model: LoRABertModel, head: LogisticRegression, loader: DataLoader, features: str = "pooled"
-) -> Evaluation:
+    model: LoRABertModel, loader: DataLoader, head: Pipeline, features: str = "pooled"
+) -> Evaluation:  # fmt: skip
     """Measure the accuracy of a head from `train_head`, as `evaluate` measures a model's."""
     rows, labels = frozen_features(model, loader, features)
     predicted = head.predict(rows)
@@ -74,9 +78,9 @@ def evaluate_head(
 def head_alone(
     model: LoRABertModel, train_loader: DataLoader, validation_loader: DataLoader, features: str = "pooled"
 ) -> Evaluation:
-    """Train only a head on the frozen BERT's features, and evaluate it. See `frozen_features` for the arguments.
+    """Train only a head on the frozen BERT's features, and evaluate it. See `frozen_features`.
 
     The sentences are encoded once, because frozen features do not change. The model itself does not change.
     """
     head = train_head(model, train_loader, features)
-    return evaluate_head(model, head, validation_loader, features)
+    return evaluate_head(model, validation_loader, head, features)

@@ -24,6 +24,10 @@ DEFAULT = {
     "base_bits": None,
 }
 
+# What the head alone reads, as in `baseline.FEATURES`, and the name of the method in the sweep.
+HEAD_METHODS = {"pooled": "head", "mean of tokens": "head on mean of tokens"}
+HEAD_ALONE = {"rank": 0, "scaling": None, "learning_rate": None}  # there is no A, no B and no step size
+
 
 class McNemarResult(NamedTuple):
     """Hold the result of McNemar's test between two models.
@@ -97,9 +101,9 @@ def select(runs: list[dict], **changed) -> list[dict]:
     return [run for run in runs if run["settings"] == wanted]
 
 
-def head_only(runs: list[dict]) -> list[dict]:
-    """Select the runs in which only the classifier head was trained."""
-    return select(runs, method="head", rank=0, learning_rate=0.1)
+def head_only(runs: list[dict], features: str = "pooled") -> list[dict]:
+    """Select the runs in which only the classifier head was trained, on "pooled" or on "mean of tokens"."""
+    return select(runs, method=HEAD_METHODS[features], **HEAD_ALONE)
 
 
 def full_fine_tuning(runs: list[dict]) -> list[dict]:
@@ -116,7 +120,11 @@ def full_fine_tuning(runs: list[dict]) -> list[dict]:
 
 def methods(runs: list[dict]) -> dict[str, list[dict]]:
     """Select the runs of every method of both lessons: {name: runs}, at the default rank."""
-    groups = {"head only": head_only(runs), "LoRA": select(runs)}
+    groups = {
+        "head alone, pooled output": head_only(runs),
+        "head alone, mean of tokens": head_only(runs, "mean of tokens"),
+        "LoRA": select(runs),
+    }
     for bits in (8, 4, 3, 2):
         groups[f"q-LoRA, {bits} bits"] = select(runs, method="qlora", bits=bits)
     groups["q-LoRA, 4 bits, int8 base"] = select(runs, method="qlora", bits=4, base_bits=8)

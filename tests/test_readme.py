@@ -13,6 +13,7 @@ import pytest
 import sweep
 
 import lora_utils
+from lora_lab import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,8 +38,11 @@ def results():
 
 def test_the_tables_have_the_mean_and_range_of_every_benchmarked_method():
     for key, scores in results().items():
-        row = f"{statistics.fmean(scores):.1f} | {min(scores):.1f} to {max(scores):.1f}"
-        assert len(scores) >= 3 and row in TABLES, (key, row)
+        row = f"| {statistics.fmean(scores):.1f} | {min(scores):.1f} to {max(scores):.1f} |"
+        if key[0].startswith("head"):
+            row = f"| 770 |  | {scores[0]:.1f} | one run |"  # it draws nothing, so that all seeds give the same
+        assert len(scores) >= 3 or row.endswith("one run |")
+        assert row in TABLES, (key, row)
 
 
 def test_every_result_holds_one_prediction_a_sentence_and_its_accuracy():
@@ -50,8 +54,9 @@ def test_every_result_holds_one_prediction_a_sentence_and_its_accuracy():
 
 def test_lora_beats_the_head_alone_by_what_the_lesson_claims():
     scores = {key[:3]: statistics.fmean(values) for key, values in results().items()}
-    head, lora = scores["head", "['query', 'value']", 8], scores["lora", "['query', 'value']", 8]
-    assert lora >= 86.5 and lora > head + 10 and scores["lora", "all-linear", 32] >= 88.5
+    best_head = max(scores["head", "None", None], scores["head on mean of tokens", "None", None])
+    lora = scores["lora", "['query', 'value']", 8]
+    assert lora >= 86.5 and lora > best_head + 5 and scores["lora", "all-linear", 32] >= 88.5
 
 
 @pytest.mark.parametrize(
@@ -101,8 +106,13 @@ def test_the_sweep_shows_what_the_lessons_say_of_it():
         chosen = [line for line in lines if line["settings"] == sweep.DEFAULT | changed]
         return 100 * statistics.fmean(line["results"][where]["accuracy"] for line in chosen)
 
-    head, lora = score(method="head", rank=0, learning_rate=0.1), score()
-    assert lora > head + 10 and score(rank=1) > head + 10
+    pooled, mean = (score(**varied) for varied in sweep.HEAD)
+    lora = score()
+    assert mean > pooled + 3 and lora > mean + 3 and score(rank=1) > pooled + 5
+    runs = compare.read_runs(ROOT / "benchmarks" / "results" / "sweep.jsonl")
+    for where in ("validation", "held-out"):
+        tests = compare.compare_seeds(compare.select(runs), compare.head_only(runs, "mean of tokens"), where)
+        assert all(test.p < 0.05 and test.first_only > test.second_only for test in tests)
     for bits in (8, 4, 3, 2):
         assert abs(score(method="qlora", bits=bits) - lora) < 1
     for base_bits in (8, 4):
