@@ -1,10 +1,12 @@
 """Check `QuantizedLoRALayer`, `qLoRABertModel` and the ledger."""
 
 import copy
+import gc
 import itertools
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -432,6 +434,15 @@ def test_the_ledger_counts_what_the_storages_hold(bert, batch, bits, base_bits, 
     ledger = memory_ledger(model, optimizer, batch)
     assert ledger.total_bytes() == storages([*held, *saved]) > storages(held) and output.loss > 0
     assert ledger.total_bytes("saved for backward") == storages([*held, *saved]) - storages(held)
+
+
+def test_the_ledger_keeps_nothing_of_a_model_alive(bert, batch):
+    model = LoRABertModel(str(bert))
+    memory_ledger(model, batch=batch)
+    references = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert all(reference() is None for reference in references)
 
 
 def test_the_ledger_counts_merged_weights_too(bert):
