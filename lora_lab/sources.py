@@ -65,14 +65,15 @@ def hub_is_reachable(seconds: float = 5) -> bool:
 
 
 @contextlib.contextmanager
-def ask_once(seconds: float = 4):
+def ask_once(seconds: float = 3):
     """Let the hub's library ask each question once for a while, and wait `seconds` at most for a part of an answer.
 
     It would ask up to six times, for half a minute or more. A download that was cut still goes on where it ended,
-    because to ask for the rest is another question. All files come by plain HTTP, where these limits hold.
+    because to ask for the rest is another question. All files come by plain HTTP, where these limits hold, and in
+    small parts, so that a bar moves and little is lost.
     """
-    session = huggingface_hub.get_session()
-    hooks, without_xet = session.event_hooks, huggingface_hub.constants.HF_HUB_DISABLE_XET
+    session, constants = huggingface_hub.get_session(), huggingface_hub.constants
+    before = session.event_hooks, constants.HF_HUB_DISABLE_XET, constants.DOWNLOAD_CHUNK_SIZE
     asked = set()
 
     def limit(request):
@@ -86,13 +87,12 @@ def ask_once(seconds: float = 4):
         if response.status_code >= 400:
             raise OSError(f"the hub answers {response.status_code} {response.reason_phrase} ({response.url})")
 
-    session.event_hooks = {"request": [*hooks["request"], limit], "response": [*hooks["response"], refuse]}
-    huggingface_hub.constants.HF_HUB_DISABLE_XET = True
+    session.event_hooks = {"request": [*before[0]["request"], limit], "response": [*before[0]["response"], refuse]}
+    constants.HF_HUB_DISABLE_XET, constants.DOWNLOAD_CHUNK_SIZE = True, 2**18
     try:
         yield
     finally:
-        session.event_hooks = hooks
-        huggingface_hub.constants.HF_HUB_DISABLE_XET = without_xet
+        session.event_hooks, constants.HF_HUB_DISABLE_XET, constants.DOWNLOAD_CHUNK_SIZE = before
 
 
 def hub_failure_reason(error: Exception) -> str:

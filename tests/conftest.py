@@ -25,6 +25,12 @@ THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # most models here are tiny, so a second thread gains nothing
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests marked "online" unless -m asks for them."""
+    if "online" not in config.option.markexpr:
+        items[:] = [item for item in items if "online" not in item.keywords]
+
+
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch):
     """Turn int8 arithmetic off on every machine. The tests of int8 arithmetic turn it on."""

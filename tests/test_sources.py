@@ -14,7 +14,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import BITSANDBYTES_SAYS, ROOT
+from conftest import ROOT
 
 from lora_lab.sources import SST2_SIZES, find_model, load_sst2
 
@@ -319,19 +319,6 @@ def test_what_cannot_be_read_is_refused_with_its_file_and_what_is_allowed(folder
     assert re.search("must hold one train and one validation file|allowed is text", str(error.value))
 
 
-def test_the_hubs_splits_are_taken_without_their_other_columns(monkeypatch, capsys):
-    label = datasets.ClassLabel(names=["negative", "positive"])
-    names = datasets.Features(sentence=datasets.Value("string"), label=label, idx=datasets.Value("int32"))
-    split = datasets.Dataset.from_dict({"sentence": ["a", "b"], "label": [0, 1], "idx": [0, 1]}, features=names)
-    test = datasets.Dataset.from_dict({"sentence": ["c"], "label": [-1], "idx": [0]}, features=names)
-    found = datasets.DatasetDict(train=split, validation=split, test=test)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *name: found)
-    splits = load_sst2("sst2")
-    assert list(splits) == ["train", "validation"] and pairs(splits["train"]) == [("a", 0), ("b", 1)]
-    assert splits["train"].column_names == ["sentence", "label"] and splits["train"].info.dataset_name == "SST-2"
-    assert capsys.readouterr().out.startswith("Data: SST-2, 2 training and 2 validation sentences (nyu-mll/glue, ")
-
-
 # Paths ---------------------------------------------------------------------------------------------
 
 
@@ -387,45 +374,6 @@ def test_an_empty_name_is_no_model():
 # Caches and time -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_cache_that_cannot_be_written_leaves_folders_and_fallbacks(folder, tmp_path):
-    """Run in another process, with a file where the folder of all caches should be."""
-    code = """if True:
-        import sys
-        import huggingface_hub
-        from transformers import AutoTokenizer
-        from lora_lab import sources
-        from lora_utils import LoRABertModel
-        for reachable in (False, True):
-            sources.hub_is_reachable = lambda: reachable
-            checkpoint = sources.find_model("auto")
-            sources.load_sst2("auto")
-            sources.load_sst2(sys.argv[1])
-            for search, name in ((sources.find_model, "google-bert/bert-base-uncased"), (sources.load_sst2, "sst2")):
-                try:
-                    search(name)
-                except ValueError as error:
-                    print(error)
-        LoRABertModel(checkpoint.name, folder=checkpoint.folder)
-        AutoTokenizer.from_pretrained(checkpoint.folder)
-    """
-    blocked = tmp_path / "cache"
-    blocked.write_text("a file where the folder should be", encoding="utf-8")
-    place = folder({"train.jsonl": ROWS})
-    environment = {**os.environ, "HF_HOME": str(blocked), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    command = [sys.executable, "-c", code, str(place)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8")
-    lines = run.stdout.splitlines()
-    assert run.returncode == 0 and len(lines) == 10, run
-    for model, phrases, reviews, named_model, named_data in (lines[:5], lines[5:]):
-        assert model.startswith("Model: sentence-transformers/all-MiniLM-L6-v2 (6 layers, packaged, instead of")
-        assert phrases.startswith("Data: movie_phrases, ") and reviews.startswith("Data: reviews, 2 training")
-        assert named_model.startswith("no model 'google-bert") and named_data.startswith('no data "sst2"')
-    for line in (lines[5], lines[6], lines[8], lines[9]):
-        assert f"the local cache cannot be used (Not a directory: {blocked}" in line
-    assert not [line for line in run.stderr.splitlines() if not line.startswith(BITSANDBYTES_SAYS)], run.stderr
-
-
 def test_a_folder_leaves_no_trace_in_a_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     split = load_sst2(folder({"train.csv": CSV}))["train"]
@@ -470,7 +418,7 @@ def test_a_notebook_may_print_any_letter_on_a_machine_with_another_encoding():
     code = """if True:
         import sys
         import run_notebook
-        run_notebook.execute = lambda source, target: ["α ▇ half \\ud83d"]
+        run_notebook.execute = lambda source, target, core: ["α ▇ half \\ud83d"]
         sys.argv[1:] = ["some.ipynb"]
         run_notebook.main()
     """
