@@ -66,11 +66,11 @@ def hub_is_reachable(seconds: float = 5) -> bool:
 
 @contextlib.contextmanager
 def ask_once(seconds: float = 3):
-    """Let the hub's library ask each question once for a while, and wait `seconds` at most for a part of an answer.
+    """Make the hub's library ask each question once, and wait at most `seconds` for each part of an answer.
 
-    It would ask up to six times, for half a minute or more. A download that was cut still goes on where it ended,
-    because to ask for the rest is another question. All files come by plain HTTP, where these limits hold, and in
-    small parts, so that a bar moves and little is lost.
+    By itself it asks up to six times, for half a minute or more. A download that was cut is still resumed where it
+    ended, because asking for the rest is a new question. Files come by plain HTTP, the only way that these limits
+    cover. They come in parts of 256 KiB, so that a progress bar moves on a slow line too.
     """
     session, constants = huggingface_hub.get_session(), huggingface_hub.constants
     before = session.event_hooks, constants.HF_HUB_DISABLE_XET, constants.DOWNLOAD_CHUNK_SIZE
@@ -106,12 +106,12 @@ def hub_failure_reason(error: Exception) -> str:
 
 
 def download(name: str, needed: list[str], wanted: str = "", kind: str = "model") -> Path:
-    """Return the folder of a repository in the hub's local cache. Download what is not there, or is damaged.
+    """Return the folder of a repository in the hub's local cache. Download the files that are missing or damaged.
 
     Args:
         name: the repository's id.
         needed: regular expressions. Each must match the name of a file.
-        wanted: a regular expression of files that are downloaded too where they are there.
+        wanted: a regular expression. Files that match it are downloaded as well.
         kind: "model" or "dataset".
 
     Raises FileNotFoundError for a repository without a needed file, and OSError for a file that arrives damaged.
@@ -124,7 +124,7 @@ def download(name: str, needed: list[str], wanted: str = "", kind: str = "model"
                 raise FileNotFoundError(f"it has no {pattern.replace('|', ' or ')}".replace("\\", ""))
         return names
 
-    # No pattern: the folder is taken as it is, and then looked through.
+    # With no pattern, the library returns the folder whatever it holds.
     cached = functools.partial(huggingface_hub.snapshot_download, name, repo_type=kind, allow_patterns=[])
     with contextlib.suppress(FileNotFoundError):
         folder = Path(cached(local_files_only=True))
@@ -139,23 +139,22 @@ def download(name: str, needed: list[str], wanted: str = "", kind: str = "model"
         files = {file.rfilename: file for file in info.siblings}
         # The largest comes last: a cache that has the weights has everything.
         for file in sorted(choose(files), key=lambda file: files[file].size):
-            bar = functools.partial(
-                tqdm, disable=files[file].size < 1_000_000
-            )  # the library's own is not seen in Jupyter
+            size, lfs = files[file].size, files[file].lfs
+            bar = functools.partial(tqdm, disable=size < 1_000_000)  # the library's own bar is not seen in Jupyter
             path = huggingface_hub.hf_hub_download(name, file, repo_type=kind, tqdm_class=bar)
-            if not _is_intact(Path(path), files[file].lfs.sha256 if files[file].lfs else files[file].blob_id):
+            if not _is_intact(Path(path), lfs.sha256 if lfs else files[file].blob_id):
                 raise OSError(f"{file} arrives damaged: its hash is not the one that the hub publishes")
     return Path(cached(local_files_only=True))
 
 
 def _is_intact(file, published=None):
-    """Compare a file of the hub's cache with its published hash, which also names what it links to.
+    """Compare a file in the hub's cache with its published hash, and remove the file if it differs.
 
-    A file that differs is removed. The hash is the SHA-256 of a large file and git's SHA-1 of any other.
+    The hash is the SHA-256 of a large file and git's SHA-1 of any other. The cache names the file's target by it.
     """
     published = published or (Path(os.readlink(file)).name if file.is_symlink() else "")
     if not file.is_file() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", published):
-        return file.is_file()  # a file that no hash is known of is taken as it is
+        return file.is_file()  # without a known hash, we take the file as it is
     with open(file, "rb") as opened:
         digest = hashlib.sha256() if len(published) == 64 else hashlib.sha1(b"blob %d\0" % file.stat().st_size)
         found = hashlib.file_digest(opened, lambda: digest).hexdigest()

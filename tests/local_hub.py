@@ -2,8 +2,8 @@
 
 python tests/local_hub.py FOLDER [--tiny]   writes a random BERT-base and GLUE's SST-2 into FOLDER, and serves it
 
-The model has the shape, the file names and the tensor names of the real one, and random weights. The data are the
-folder that SST2_DIR names, or data/movie_phrases. FOLDER/models and FOLDER/datasets hold the repositories.
+The model has random weights, with the shape, the file names and the tensor names of the real one. The data come from
+the folder that SST2_DIR names, or from data/movie_phrases. FOLDER/models and FOLDER/datasets hold the repositories.
 """
 
 import argparse
@@ -36,11 +36,10 @@ def etag(file: Path) -> str:
 class LocalHub(http.server.ThreadingHTTPServer):
     """Serve `folder` in a thread, inside a `with` statement.
 
-    `fault` makes the hub misbehave from then on: "silent" (accept a question and never answer), a status such as 429,
-    "cut" (no byte beyond the middle of a file is sent, and the connection ends there), "stall" (the same, but the
-    connection stays open), "wrong" (one byte in the middle of a file differs).
-    `where` is a part of the paths that it affects. `times` is how many answers it spoils before all is well again.
-    `requests` lists method and path of every question, and the range of a part of a file.
+    `misbehave` sets a fault: "silent" (accept a question and never answer), a status such as 429, "cut" (close the
+    connection in the middle of a file), "stall" (the same, but leave the connection open), or "wrong" (change one
+    byte in the middle of a file). `where` is a part of the paths that it affects, and `times` the number of answers.
+    `requests` lists the method and path of each question, and the range for a part of a file.
     """
 
     daemon_threads = True
@@ -96,8 +95,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif not path:
             self.answer(200, {})
         elif path.startswith("api/"):
-            _, kind, owner, name, question = [*path.split("/", 4), *[""] * 4][:5]
-            self.describe(hub.folder / kind / owner / name, question)
+            _, kind, owner, name = [*path.split("/"), *[""] * 3][:4]
+            self.describe(hub.folder / kind / owner / name)
         else:
             kind, path = ("datasets", path[9:]) if path.startswith("datasets/") else ("models", path)
             owner, name, _, _, file = [*path.split("/", 4), *[""] * 5][:5]
@@ -113,23 +112,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def describe(self, repository, question):
-        """Answer with the commit and the files of a repository, or for /tree/main/folder with the files only."""
+    def describe(self, repository):
+        """Answer with the commit of a repository, and with the names, sizes and hashes of its files."""
         if not repository.is_dir():
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
             return
-        files, siblings = [], []
+        files = []
         for file in sorted(path for path in repository.rglob("*") if path.is_file()):
-            path, size, oid = file.relative_to(repository).as_posix(), file.stat().st_size, etag(file)
-            lfs = {"oid": oid, "sha256": oid, "size": size, "pointerSize": 134} if len(oid) == 64 else None
-            files.append({"type": "file", "path": path, "size": size, "oid": oid, "lfs": lfs})
-            siblings.append({"rfilename": path, "size": size, "blobId": oid, "lfs": lfs})
-        if question.startswith("tree/"):
-            place = question.split("/", 2)[2:]
-            self.answer(200, [file for file in files if file["path"].startswith(tuple(place) or "")])
-        else:
-            name = repository.relative_to(repository.parents[1]).as_posix()
-            self.answer(200, {"id": name, "sha": commit(repository), "siblings": siblings})
+            size, oid = file.stat().st_size, etag(file)
+            lfs = {"sha256": oid, "size": size, "pointerSize": 134} if len(oid) == 64 else None
+            name = file.relative_to(repository).as_posix()
+            files.append({"rfilename": name, "size": size, "blobId": oid, "lfs": lfs})
+        name = repository.relative_to(repository.parents[1]).as_posix()
+        self.answer(200, {"id": name, "sha": commit(repository), "siblings": files})
 
     def send_file(self, repository, name, fault):
         file = repository / name
@@ -199,7 +194,6 @@ def write_bert(folder: Path, tiny: bool = False) -> Path:
     whole = json.loads((packaged / "tokenizer.json").read_text(encoding="utf-8"))
     write_json(repository / "tokenizer.json", {**whole, "truncation": None, "padding": None})
     write_json(repository / "tokenizer_config.json", {"do_lower_case": True, "model_max_length": 512})
-    (repository / "README.md").write_text("A stand-in of random weights.\n", encoding="utf-8")
     (repository / "pytorch_model.bin").write_bytes(b"nobody should ask for this file")
     return repository
 
