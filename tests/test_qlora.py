@@ -31,6 +31,7 @@ from lora_utils import (
 BITS = [2, 3, 8]
 BASES = [None, 8, 4]
 COMBINATIONS = list(itertools.product(BITS, BASES))
+OF_A_MODEL = list(zip(BITS, BASES, strict=True))
 
 
 def layer_of(bits, base_bits=None, dtype=torch.float32, **options):
@@ -171,7 +172,7 @@ def test_every_frozen_linear_layer_and_embedding_is_quantised_and_the_head_is_no
     assert all(layer.base.bits == base_bits for layer in model.lora_layers().values())
 
 
-@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
+@pytest.mark.parametrize("bits, base_bits", OF_A_MODEL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_combination_trains_packs_and_computes_the_same(bert, batch, bits, base_bits, dtype):
     torch.manual_seed(0)
@@ -239,7 +240,7 @@ def test_a_quantised_base_computes_nearly_what_the_float_base_computes(bert, bat
     assert errors[0] < 0.1 and errors[0] < errors[1] < 0.6
 
 
-@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
+@pytest.mark.parametrize("bits, base_bits", OF_A_MODEL)
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_is_saved_loads_packed_with_the_same_logits(bert, batch, tmp_path, bits, base_bits, packed):
     model = randomise(qlora(bert, bits=bits, base_bits=base_bits, rank=3, target_modules=["query", "dense"])).eval()
@@ -276,7 +277,7 @@ def test_on_request_it_is_saved_for_peft_too(bert, batch, tmp_path):
     torch.testing.assert_close(theirs(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
+@pytest.mark.parametrize("bits, base_bits", OF_A_MODEL)
 def test_merge_and_unload_gives_a_plain_float32_bert_with_the_same_logits(bert, batch, bits, base_bits):
     model = randomise(qlora(bert, bits=bits, base_bits=base_bits, target_modules="all-linear")).eval()
     expected = model(**batch).logits
@@ -353,7 +354,7 @@ def storages(tensors):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
+@pytest.mark.parametrize("bits, base_bits", OF_A_MODEL)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_ledger_counts_what_the_storages_hold(bert, batch, bits, base_bits, packed):
     model = qlora(bert, bits=bits, base_bits=base_bits, dtype=torch.bfloat16)
