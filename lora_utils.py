@@ -741,10 +741,9 @@ def detect_compute_format() -> _ComputeFormat:
         on others with AVX2. It is None on GPUs, on ARM and with AMX, where the product is exact.
     """
     if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return _ComputeFormat(torch.bfloat16, "sdpa", int8=None)
-        half = torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
-        return _ComputeFormat(half, "sdpa", int8=None)
+        half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        has_tensor_cores = torch.cuda.get_device_capability() >= (7, 0)
+        return _ComputeFormat(half if has_tensor_cores else torch.float32, "sdpa", int8=None)
     features = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     features &= set(_ISA_FEATURES.get(cap, features))
