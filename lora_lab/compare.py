@@ -6,12 +6,13 @@ Each setting has one run per seed.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 # The settings of the sweep that are not varied. `benchmarks/sweep.py` trains with them.
 DEFAULT = {
@@ -200,6 +201,24 @@ def compare_seeds(first: list[dict], second: list[dict], where: str = "validatio
     for one, other in zip(first, second, strict=True):
         tests.append(_test_right_answers(right_answers(one, where), right_answers(other, where)))
     return tests
+
+
+def mean_difference(first: list[dict], second: list[dict], where: str = "validation") -> tuple[float, float, float]:
+    """Return the mean over seeds of first minus second, in points of accuracy, and its 95 % interval.
+
+    The interval is Student's t of the paired differences. It covers the seeds, and not the choice of sentences.
+
+    Args:
+        first, second: the runs of two settings, with the same seeds in the same order.
+        where: the sentences to compare on, "validation" or "held-out".
+    """
+    pairs = zip(accuracies(first, where), accuracies(second, where), strict=True)
+    differences = [one - other for one, other in pairs]
+    mean, n = statistics.fmean(differences), len(differences)
+    if n == 1:
+        return mean, -math.inf, math.inf
+    half = t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
+    return mean, mean - half, mean + half
 
 
 def describe(runs: list[dict]) -> str:

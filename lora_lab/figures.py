@@ -12,6 +12,7 @@ import inspect
 import io
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -162,7 +163,8 @@ def draw_lora(targets: str | Iterable[str], rank: int = 8, width: int = 384):
 
 def _draw_bert(ax, targets):
     """Draw one block of BERT and what is around it, from below, with a pair A, B in each adapted layer."""
-    adapted = match_targets([name for name, _, _ in _BERT_LAYERS], targets)
+    in_every_block = {f"bert.{name}".replace(".0.", f".{i}.") for name, _, _ in _BERT_LAYERS for i in range(24)}
+    adapted = {re.sub(r"\d+", "0", name.removeprefix("bert.")) for name in match_targets(in_every_block, targets)}
     for name, (x, y, width), text in _BERT_LAYERS:
         _draw_arrow(ax, (x + width / 2, y - 0.3), (x + width / 2, y))
         if name in adapted:
