@@ -263,7 +263,7 @@ def draw_update(runs: list[dict], layer: str | None = None):
     ticks = [1, 4, 16, 64, len(squares)]
     left.set(xticks=ticks, xticklabels=ticks, xlabel="first r singular values")
     left.set(ylim=(0, 102), ylabel="share of the squared norm, %")
-    left.legend(loc="lower right")
+    left.legend(loc="lower right", framealpha=1)
 
     cuts = list(updates[0]["kept"])
     rows = []  # the accuracies of each seed, and uncut at the end
@@ -275,7 +275,7 @@ def draw_update(runs: list[dict], layer: str | None = None):
     right.plot(means.keys(), means.values(), "o--", color=LORA, label="LoRA, trained at rank r")
     right.set(xticks=range(len(cuts) + 1), xticklabels=[*cuts, "all"], xlabel="rank r")
     right.set(ylabel="validation accuracy, %", title="all linear layers")
-    right.legend(loc="lower right")
+    right.legend(loc="lower right", framealpha=1)
     at_4, uncut = (statistics.fmean(row[column] for row in rows) for column in (cuts.index("4"), -1))
     finding = f"Cut to rank 4, the updates of full fine-tuning give {at_4:.1f} of {uncut:.1f} % accuracy"
     return fig, finding, describe(runs)
@@ -710,7 +710,7 @@ def _ways_to_spend(runs, budget):
 
 # The parts of a bar: label, the ledger's rows in it, colour, hatching.
 _PARTS_OF_A_LEDGER = [
-    ("weights of the model, with scales", ("frozen weights", "position ids", "scales and code tables"), "#bbbbbb", ""),
+    ("weights, with scales", ("frozen weights", "position ids", "scales and code tables"), "#bbbbbb", ""),
     ("8-bit copy for backward", ("frozen weights, for backward",), "#bbbbbb", "//"),
     ("embeddings", ("embeddings",), "#777777", ""),
     ("A, B and head", ("A and B", "scales of A and B", "head"), "#08306b", ""),
@@ -737,7 +737,7 @@ def draw_ledgers(ledgers: dict, title: str):
         ax.text(total, row, f" {total:.1f} MB", va="center")
     ax.set(yticks=range(len(ledgers)), yticklabels=list(ledgers), ylim=(len(ledgers) - 0.4, -0.6))
     ax.set(xlabel="megabytes held in training", xlim=(0, 1.15 * max(totals)))
-    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.42, -0.55 / len(ledgers) - 0.12))
+    ax.legend(ncols=2, loc="lower right", framealpha=1)
     ends = [f"{label}: {total:.0f} MB" for total, label in (max(zip(totals, ledgers)), min(zip(totals, ledgers)))]
     return fig, "; ".join(ends), title
 
