@@ -6,7 +6,7 @@ import time
 import torch
 
 STEPS = 6  # batches that are timed, after one to warm up
-START = 25  # seconds for imports, loading and drawing, whatever is trained
+START = 40  # seconds for imports, loading and drawing, whatever is trained
 
 
 def print_estimate(model, train_loader, validation_loader, core, rest) -> float:
