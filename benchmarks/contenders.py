@@ -58,13 +58,10 @@ class Way:
 
 
 class Contender:
-    """Hold a model that was built in one `Way`: `step(batch)` trains it once, `predict(batch)` asks it for logits.
+    """Hold a model that was built in one `Way`: `step(batch)` trains it once, `predict(batch)` asks it for logits."""
 
-    `module` is lora_utils, or what it was at another commit.
-    """
-
-    def __init__(self, way, folder, training=True, module=lora_utils):
-        self.way, self.module, self.native = way, module, lora_utils.detect_compute_format().dtype
+    def __init__(self, way, folder, training=True):
+        self.way, self.native = way, lora_utils.detect_compute_format().dtype
         self.dtype = self.native if way.stored == "native" else torch.float32
         torch.manual_seed(0)
         with warnings.catch_warnings():
@@ -79,8 +76,7 @@ class Contender:
         options = {"rank": self.way.rank, "dtype": self.dtype}
         if self.way.bits:
             options |= {"bits": self.way.bits, "base_bits": self.way.base}
-        model_class = self.module.qLoRABertModel if self.way.bits else self.module.LoRABertModel
-        model = model_class(str(folder), **options)
+        model = (lora_utils.qLoRABertModel if self.way.bits else lora_utils.LoRABertModel)(str(folder), **options)
         for layer in model.lora_layers().values() if self.way.state == "merged" else ():
             layer.merge()
         if self.way.state == "packed":

@@ -15,6 +15,7 @@ import itertools
 import re
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -33,10 +34,10 @@ TABLES = {
     "accuracy in short": accuracy.accuracy_in_short,
     "accuracy by rank": lambda: accuracy.trained_and_accuracy(accuracy.by_rank(), accuracy.SETS),
     "accuracy by bits": partial(accuracy.rounding, "sweep"),
-    "accuracy with all phrases": lambda: accuracy.trained_and_accuracy(accuracy.with_all_phrases(), ["validation"]),
-    "accuracy of five seeds": partial(accuracy.paired_differences, "five_seeds"),
-    "rounding after training": partial(accuracy.rounding, "five_seeds", **accuracy.LONG),
-    "accuracy of integer products": partial(accuracy.paired_differences, "integer_products"),
+    "accuracy with all phrases": lambda: accuracy.trained_and_accuracy(accuracy.of_part("all phrases"), ["validation"]),
+    "accuracy of five seeds": partial(accuracy.paired_differences, "five seeds"),
+    "rounding after training": partial(accuracy.rounding, "five seeds", **sweep.LONG),
+    "accuracy of integer products": partial(accuracy.paired_differences, "integer products"),
     "speed and memory in short": speed.speed_and_memory_in_short,
     "speed in short": speed.speed_in_short,
     "training speed": partial(speed.ratios, "training"),
@@ -69,8 +70,8 @@ NUMBERS = {
     "NF4 base holds": partial(accuracy.of_method, "q-LoRA, 4 bits, NF4 base", "holds"),
     "doubt near 82 %": partial(accuracy.half_width, 82),
     "doubt near 87 %": partial(accuracy.half_width, 87),
-    "five seeds in words": partial(accuracy.intervals_in_words, "five_seeds"),
-    "integer products in words": partial(accuracy.intervals_in_words, "integer_products"),
+    "five seeds in words": partial(accuracy.intervals_in_words, "five seeds"),
+    "integer products in words": partial(accuracy.intervals_in_words, "integer products"),
     "faster than PEFT, CPUs": partial(speed.span, "training", "LoRA", "PEFT"),
     "faster than PEFT, GPU": partial(speed.span, "training", "LoRA", "PEFT", GPU),
     "faster than tuned PEFT, CPUs": partial(speed.span, "training", "LoRA", "PEFT, tuned"),
@@ -97,40 +98,32 @@ NUMBERS = {
 
 
 def is_faster(over, under, parts, classes):
-    """Say for each model, part and class of machine that was measured whether `over` is faster than `under`."""
-    keys = itertools.product(parts, speed.MODELS, classes)
-    cells = [speed.relative(*key, over, under) for key in keys]
+    """Say for each part, model and class of machine that was measured whether `over` is faster than `under`."""
+    cells = [speed.relative(*key, over, under) for key in itertools.product(parts, speed.MODELS, classes)]
     return [cell[0][0] > 1 for cell in cells if cell]
-
-
-def errors_are_smallest_together():
-    (plain, _), *_ = accuracy.paired("five_seeds").values()
-    errors = [{way: run["rounded"][way][bits]["error"] for way in WAYS} for run in plain for bits in ("4", "3", "2")]
-    return all(min(error, key=error.get) == "together" for error in errors)
 
 
 def claims():
     """Return {what the texts say in words: whether the results bear it out}."""
     runs, mean = accuracy.runs_of("sweep"), compare.mean_accuracy
-    groups, large = compare.methods(runs), [mean(group) for group in accuracy.with_all_phrases().values()]
+    groups, five_seeds = compare.methods(runs), accuracy.of_part("five seeds")["LoRA, not quantised"]
     heads = compare.compare_seeds(groups["LoRA"], groups["head alone, mean of tokens"])
     ranks = [mean(compare.select(runs, rank=rank)) for rank in (4, 8, 16, 64)]
     quantised = [mean(group) for name, group in groups.items() if name.startswith("q-LoRA")]
-    settings = [str(run["settings"]) for run in runs]
-    wanted = {str(compare.DEFAULT | changed) for part in sweep.PARTS.values() for changed in part}
-    lines = [run for name in accuracy.FILES for run in accuracy.runs_of(name)]
+    large = [mean(group) for group in accuracy.of_part("all phrases").values()]
+    errors = [{way: run["rounded"][way][bits]["error"] for way in WAYS} for run in five_seeds for bits in "432"]
+    integers = [points["held-out"] for points in accuracy.paired("integer products").values()]
+    lines = [run for name in ("sweep", *sweep.LONG_PARTS) for run in accuracy.runs_of(name)]
     found = [result for run in lines for result in run["results"].values()]
-    integers = [points["held-out"] for _, points in accuracy.paired("integer_products").values()]
     cpus, fast = ["AVX2", "AVX512_VNNI", "AVX512_BF16"], ["training", BATCHES]
     return {
         "a line has the label of every sentence": all(len(x["labels"]) == len(x["right"]) == x["n"] for x in found),
         "its accuracy is that of its labels": all(x["right"].count("1") / x["n"] == x["accuracy"] for x in found),
-        "the sweep has three seeds per setting": all(settings.count(each) == 3 for each in wanted | {*settings}),
         "LoRA beats the head alone": all(test.p < 0.05 and test.first_only > test.second_only for test in heads),
         "LoRA has no clear gain above rank 4": max(ranks) - min(ranks) < 1,
         "q-LoRA lies at LoRA's accuracy": all(abs(each - mean(groups["LoRA"])) < 1 for each in quantised),
         "all linear layers reach more than query and value": large == sorted(large),
-        "rounding A and B together has the smallest error": errors_are_smallest_together(),
+        "A and B rounded together have the smallest error": all(min(x, key=x.get) == "together" for x in errors),
         "integer products lose at most half a point": all(sum(points) / len(points) > -0.5 for points in integers),
         "LoRA is faster than PEFT": all(is_faster("LoRA", "PEFT, tuned", ["training"], [*cpus, *GPU])),
         "an int8 base is faster without AMX": all(is_faster(INT8, "LoRA", fast, [*cpus, "AVX2_VNNI"])),
@@ -171,58 +164,46 @@ def filled(text):
     return text
 
 
-FIGURE = RESULTS / "whole.png"
-
-
-def draw_figure(digest):
-    """Draw every method of the sweep, and note in the file which sweep it was drawn from."""
-    plt.switch_backend("agg")
-    figures.set_style()
-    figures.draw_whole(accuracy.runs_of("sweep"), file=FIGURE, metadata={"Source": digest})
-
-
-def source_of_figure():
-    if not FIGURE.is_file():
-        return None
-    with Image.open(FIGURE) as image:
-        return image.text.get("Source")
+def draw_figure(file, check):
+    """Draw every method of the sweep, unless that was done from the same sweep. Return whether the file is stale."""
+    digest = hashlib.sha256((RESULTS / "sweep.jsonl").read_bytes()).hexdigest()
+    if file.is_file():
+        with Image.open(file) as image:
+            if image.text.get("Source") == digest:
+                return False
+    if not check:
+        plt.switch_backend("agg")
+        figures.set_style()
+        figures.draw_whole(accuracy.runs_of("sweep"), file=file, metadata={"Source": digest})
+    return True
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    complaints, placed = [], set()
+    stale, placed = [], set()
     for file in map(ROOT.joinpath, FILES):
-        if file.suffix == ".md":
-            old = file.read_text(encoding="utf-8")
-            new = filled(old)
-            stale = new != old
-            placed.update(names_in(old))
-        else:
-            new, stale = nbformat.read(file, as_version=4), False
-            for cell in new.cells:
-                if cell.cell_type == "markdown" and "<!-- /" in cell.source:
-                    placed.update(names_in(cell.source))
-                    stale |= filled(cell.source) != cell.source
-                    cell.source = filled(cell.source)
-        if stale and args.check:
-            complaints.append(f"{file.name}: not what the results say")
-        elif stale:
-            file.write_text(new, encoding="utf-8") if file.suffix == ".md" else nbformat.write(new, file)
-            print(f"{file.name}: written")
-    digest = hashlib.sha256((RESULTS / "sweep.jsonl").read_bytes()).hexdigest()
-    if source_of_figure() != digest:
-        if args.check:
-            complaints.append(f"{FIGURE.name}: not drawn from the sweep")
-        else:
-            draw_figure(digest)
-    for name in TABLES | NUMBERS:
-        if name not in placed:
-            complaints.append(f"{name}: has no place. Write <!-- {name} --><!-- /{name} --> into one of {FILES}")
-    complaints += [f"the results do not bear out: {claim}" for claim, holds in claims().items() if not holds]
-    print("\n".join(complaints))
-    return bool(complaints)
+        is_notebook = file.suffix == ".ipynb"
+        text = file.read_text(encoding="utf-8")
+        notebook = nbformat.reads(text, as_version=4) if is_notebook else None
+        cells = notebook.cells if is_notebook else [SimpleNamespace(cell_type="markdown", source=text)]
+        cells = [cell for cell in cells if cell.cell_type == "markdown" and filled(cell.source) != cell.source]
+        placed.update(names_in(text))
+        for cell in cells:
+            cell.source = filled(cell.source)
+        if cells:
+            stale.append(str(file.relative_to(ROOT)))
+            if not args.check:
+                nbformat.write(notebook, file) if is_notebook else file.write_text(cells[0].source, encoding="utf-8")
+    if draw_figure(RESULTS / "whole.png", args.check):
+        stale.append("whole.png")
+    for name in stale:
+        print(f"{name}: {'not what the results say' if args.check else 'written'}")
+    missing = [f"{name}: has no place in {', '.join(FILES)}" for name in TABLES | NUMBERS if name not in placed]
+    missing += [f"the results do not bear out: {claim}" for claim, holds in claims().items() if not holds]
+    print("\n".join(missing))
+    return bool(missing) or (args.check and bool(stale))
 
 
 if __name__ == "__main__":

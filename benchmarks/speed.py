@@ -10,7 +10,6 @@
     --model packaged          the 6-layer BERT instead of the shape of BERT-base with random weights
     --data folder             SST-2 (a folder); without it phrases of movie_phrases, cut to SST-2's lengths
     --held-to AVX2            the CPU held to an instruction set: AVX2, AVX2_VNNI, AVX512_CORE_VNNI or _BF16
-    --against b0ed9ae         beside each of ours the same at an earlier commit; saves nothing
 
 Batches of 32 from the same 1,600 sentences, rank 8, query and value. The contenders take turns batch by batch, each
 time in the opposite order. A ratio is taken round by round. It is printed with its quartiles, and all rounds are saved.
@@ -24,15 +23,12 @@ of the longest sentences, the same for all, because some batch holds the longest
 import argparse
 import concurrent.futures
 import multiprocessing
-import subprocess
-import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from contenders import Contender, Way, alternate, batches, checkpoint, padded, sentences
-from machine import DEVICE, HELD, ROOT, SPEED, commit, filed_under, hold, save
+from machine import DEVICE, HELD, SPEED, commit, filed_under, hold, save
 from tables_of_speed import RANKS, quartiles, ratio, spread
 
 import lora_utils
@@ -91,14 +87,6 @@ PARTS["integers"] = {
 PARTS["memory"] = {"memory": {name: way for name, way in TRAINING.items() if "base, tuned" not in name}}
 
 
-def module_at(commit):
-    """Import lora_utils.py as it was at a commit."""
-    shown = subprocess.run(["git", "show", f"{commit}:lora_utils.py"], cwd=ROOT, capture_output=True, check=True)
-    module = sys.modules["lora_utils_before"] = types.ModuleType("lora_utils_before")
-    exec(compile(shown.stdout, f"lora_utils.py at {commit}", "exec"), module.__dict__)
-    return module
-
-
 def time_all(part, ways, ids, folder, args):
     """Time every way of a part: {name: [sentences per second, round by round]}."""
     one, by_length = part.endswith("one sentence"), sorted(ids, key=len)
@@ -110,22 +98,18 @@ def time_all(part, ways, ids, folder, args):
         if way.who == "torch.ao" and DEVICE.type != "cpu":
             continue
         of_way = twenty if one else batches(ids, way.batches, 1 if way == OLDER else args.batches)
-        modules = {name: lora_utils}
-        if args.against and way.who == "ours":
-            modules[f"{name} at {args.against}"] = module_at(args.against)
-        for label, module in modules.items():
-            contender = Contender(way, folder, training="inference" not in part, module=module)
-            contenders[label] = (contender.predict if "inference" in part else contender.step, of_way)
+        contender = Contender(way, folder, training="inference" not in part)
+        contenders[name] = (contender.predict if "inference" in part else contender.step, of_way)
     calls = max(len(of_way) for _, of_way in contenders.values())
     rates = alternate(contenders, calls, args.rounds, size=1 if one else 32)
     return {name: [round(rate, 3) for rate in values] for name, values in rates.items()}
 
 
-def print_rates(part, rates, against):
-    """Print each speed, and its ratio to LoRA's, to that at an earlier commit, or to the row above."""
+def print_rates(part, rates):
+    """Print each speed, and its ratio to LoRA's, or in the ablation to the row above."""
     before = None
     for name in rates:
-        under = f"{name} at {against}" if against else before if part == "ablation" else "LoRA"
+        under = before if part == "ablation" else "LoRA"
         words = f"÷ {under} {spread(ratio({'sentences_a_second': rates}, name, under))}" if under in rates else ""
         print(f"  {name:44}{spread(quartiles(rates[name])):28}{words}")
         before = name
@@ -177,7 +161,6 @@ def main():
     parser.add_argument("--batches", type=int, default=5, help="per round, from short to long sentences")
     parser.add_argument("--out", type=Path, default=SPEED, help="the folder of the results")
     parser.add_argument("--compile", action="store_true", help="ablation: ours through torch.compile as well")
-    parser.add_argument("--against", metavar="COMMIT")
     args = parser.parse_args()
     hold(args.held_to)
     ids, data = sentences(args.data)
@@ -186,8 +169,6 @@ def main():
         for part, ways in PARTS[args.part].items():
             if part == "ablation" and args.compile:
                 ways = ways | {"torch.compile": replace(OURS, compiled=True)}
-            if args.against:
-                ways = {name: way for name, way in ways.items() if way.who == "ours"}
             print(f"\n{model}, {data}, {filed_under()}, {part}: median (quartiles)", flush=True)
             result = {"part": part, "model": model, "data": data, "batch": 1 if "one" in part else 32}
             if part == "memory":
@@ -195,10 +176,9 @@ def main():
             else:
                 rates = time_all(part, ways, ids, folder, args)
                 result |= {"rounds": args.rounds, "sentences_a_second": rates}
-                print_rates(part, rates, args.against)
-            if not args.against:
-                name = f"{part.replace(', ', '-').replace(' ', '-')}-{args.model}-{filed_under().lower()}.json"
-                save(args.out / name, result)
+                print_rates(part, rates)
+            name = f"{part.replace(', ', '-').replace(' ', '-')}-{args.model}-{filed_under().lower()}.json"
+            save(args.out / name, result)
 
 
 if __name__ == "__main__":

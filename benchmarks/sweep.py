@@ -37,39 +37,41 @@ from lora_lab.rounding import WAYS, round_adapter
 from lora_lab.sources import find_model, load_sst2
 
 FEATURES_OF = {method: features for features, method in HEAD_METHODS.items()}  # of the head alone
-HEAD = [HEAD_ALONE | {"method": method} for method in HEAD_METHODS.values()]
+HEAD = {"head alone, pooled output": HEAD_ALONE | {"method": HEAD_METHODS["pooled"]}}
+HEAD["head alone, mean of tokens"] = HEAD_ALONE | {"method": HEAD_METHODS["mean of tokens"]}
 QUANTISED = {"method": "qlora", "bits": 4}
-LONG = {"learning_rate": 1e-3}  # for ten times as many phrases
-INTEGERS = QUANTISED | LONG | {"bits": 8, "base_bits": 8}
-# What is changed in `compare.DEFAULT`, whose learning rate is the best of its row in "scaling" on held-out phrases.
+FULL = {"method": "full", "rank": None, "scaling": None}
+# What a run changes in `compare.DEFAULT`, whose learning rate is the best of its row in "scaling" on held-out phrases.
 PARTS = {
-    "rank": HEAD + [{"rank": rank} for rank in (1, 2, 4, 8, 16, 64)],
-    "bits": [{}] + [QUANTISED | {"bits": bits} for bits in (8, 4, 3, 2)],
-    "base": [{}] + [QUANTISED | {"base_bits": base_bits} for base_bits in (None, 8, 4)],
-    "full": [{"method": "full", "rank": None, "scaling": None, "learning_rate": rate} for rate in (1e-4, 3e-4)],
-    "bytes": [{"rank": 1}, {"rank": 4}]
-    + [QUANTISED | {"rank": rank, "bits": bits} for rank, bits in ((2, 8), (4, 4), (8, 2), (8, 8), (16, 4), (32, 2))],
-    "targets": [
-        {"targets": targets}
-        for targets in (["query"], ["value"], ["query", "value"], ["query", "key", "value"], "all-linear")
-    ],
-    "scaling": [
-        {"scaling": scaling, "learning_rate": rate} for scaling in (0.5, 2.0, 8.0) for rate in (5e-4, 2e-3, 8e-3)
-    ],
+    "rank": [*HEAD.values(), *({"rank": rank} for rank in (1, 2, 4, 8, 16, 64))],
+    "bits": [{}, *(QUANTISED | {"bits": bits} for bits in (8, 4, 3, 2))],
+    "base": [{}, *(QUANTISED | {"base_bits": base_bits} for base_bits in (None, 8, 4))],
+    "full": [FULL | {"learning_rate": rate} for rate in (1e-4, 3e-4)],
+    "bytes": [{"rank": 1}, {"rank": 4}],
+    "targets": [{"targets": names.split()} for names in ("query", "value", "query value", "query key value")],
+    "scaling": [{"scaling": s, "learning_rate": rate} for s in (0.5, 2.0, 8.0) for rate in (5e-4, 2e-3, 8e-3)],
 }
-# The parts of the long runs. Each has a results file of its own. benchmarks/README.md has the commands.
+for rank, bits in ((2, 8), (4, 4), (8, 2), (8, 8), (16, 4), (32, 2)):
+    PARTS["bytes"].append(QUANTISED | {"rank": rank, "bits": bits})
+PARTS["targets"].append({"targets": "all-linear"})
+
+# The long runs, by their names in the tables. Each part has a results file. benchmarks/README.md has the commands.
+LONG = {"learning_rate": 1e-3}
+ALL = {"targets": "all-linear", "rank": 32, "learning_rate": 5e-4}
+INT8 = LONG | {"method": "qlora", "bits": 8, "base_bits": 8}
 LONG_PARTS = {
-    "all phrases": [
-        *HEAD,
-        {"learning_rate": 1e-3},
-        {"learning_rate": 1e-3, "rank": 16, "targets": "all-linear"},
-        {"learning_rate": 5e-4, "rank": 32, "targets": "all-linear"},
-    ],
-    "five seeds": [LONG]
-    + [LONG | QUANTISED | {"bits": bits} for bits in (8, 4, 3, 2)]
-    + [LONG | QUANTISED | {"bits": 8, "base_bits": base_bits} for base_bits in (8, 4)],
-    "integer products": [INTEGERS] + [INTEGERS | {"int8_arithmetic": kernel} for kernel in ("fbgemm", "onednn")],
+    "all phrases": HEAD | {"LoRA on query and value, rank 8": LONG},
+    "five seeds": {"LoRA, not quantised": LONG},
+    "integer products": {"exact products": INT8},
 }
+LONG_PARTS["all phrases"] |= {"LoRA on all linear layers, rank 16": ALL | LONG | {"rank": 16}}
+LONG_PARTS["all phrases"] |= {"LoRA on all linear layers, rank 32": ALL}
+for bits in (8, 4, 3, 2):
+    LONG_PARTS["five seeds"][f"A and B in {bits} bits"] = LONG | QUANTISED | {"bits": bits}
+for bits in (8, 4):
+    LONG_PARTS["five seeds"][f"A and B in 8 bits, base in {bits}"] = INT8 | {"base_bits": bits}
+for name, kernel in {"8 bits with VNNI, oneDNN": "onednn", "7 bits without, FBGEMM": "fbgemm"}.items():
+    LONG_PARTS["integer products"][name] = INT8 | {"int8_arithmetic": kernel}
 
 
 # Data ----------------------------------------------------------------------------------------------
@@ -280,7 +282,7 @@ def main():
     about = {"model": args.model, "data": phrases.info.dataset_name, "trained_on": args.phrases}
     done, wanted = set(map(key_of, read_runs(args.out))) if args.out.is_file() else set(), {}
     for part, seed in itertools.product(args.parts, args.seeds):
-        for changed in (PARTS | LONG_PARTS)[part]:
+        for changed in PARTS.get(part) or LONG_PARTS[part].values():
             wanted[key_of(about | {"settings": DEFAULT | changed, "seed": seed})] = (DEFAULT | changed, seed)
     missing = [job for key, job in wanted.items() if key not in done]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there", flush=True)

@@ -5,26 +5,18 @@ from functools import cache
 
 from machine import RESULTS
 from scipy.stats import binomtest, t, ttest_1samp
+from sweep import HEAD, LONG_PARTS
 
 from lora_lab import compare
 from lora_lab.rounding import WAYS
 
-LONG = {"learning_rate": 1e-3}
 SETS = {"validation": "872 validation sentences, %", "held-out": "2,000 held-out phrases, %"}
-# Settings that are compared seed by seed with the first of their file.
-BITS = {f"A and B in {bits} bits": {"method": "qlora", "bits": bits} for bits in (8, 4, 3, 2)}
-BASES = {f"A and B in 8 bits, base in {base}": {"method": "qlora", "bits": 8, "base_bits": base} for base in (8, 4)}
-INT8 = BASES["A and B in 8 bits, base in 8"]
-KERNELS = {"8 bits with VNNI, oneDNN": "onednn", "7 bits without, FBGEMM": "fbgemm"}
-PAIRED = {"five_seeds": {"LoRA, not quantised": {}} | BITS | BASES, "integer_products": {"exact products": INT8}}
-PAIRED["integer_products"] |= {label: INT8 | {"int8_arithmetic": kernel} for label, kernel in KERNELS.items()}
-
-FILES = ["sweep", "all_phrases", *PAIRED]
 
 
 @cache
 def runs_of(name):
-    return compare.read_runs(RESULTS / f"{name}.jsonl")
+    """Read the runs of a part of LONG_PARTS, or of the sweep."""
+    return compare.read_runs(RESULTS / f"{name.replace(' ', '_')}.jsonl")
 
 
 def table(header, rows):
@@ -71,27 +63,18 @@ def trained_and_accuracy(groups, sets):
     return f"{table(header, rows)}\n\n{made_on(group)}"
 
 
-def heads(runs):
-    names = {"head alone, pooled output": "pooled", "head alone, mean of tokens": "mean of tokens"}
-    return {name: compare.head_only(runs, features) for name, features in names.items()}
-
-
 def by_rank():
+    """Select the runs of the sweep by rank, between those of the heads and of full fine-tuning: {name: runs}."""
     runs = runs_of("sweep")
-    groups = heads(runs) | {f"LoRA, rank {rank}": compare.select(runs, rank=rank) for rank in (1, 2, 4, 8, 16, 64)}
+    groups = {name: compare.select(runs, **changed) for name, changed in HEAD.items()}
+    groups |= {f"LoRA, rank {rank}": compare.select(runs, rank=rank) for rank in (1, 2, 4, 8, 16, 64)}
     return groups | {"full fine-tuning": compare.full_fine_tuning(runs)}
 
 
-def with_all_phrases():
-    """Select the runs on all of SST-2: {name: runs}."""
-    most = max(run["trained_on"] for run in runs_of("all_phrases"))
-    runs = [run for run in runs_of("all_phrases") if run["trained_on"] == most]
-    groups = heads(runs)
-    groups["LoRA on query and value, rank 8"] = compare.select(runs, **LONG)
-    for rank, rate in ((16, 1e-3), (32, 5e-4)):
-        group = compare.select(runs, rank=rank, targets="all-linear", learning_rate=rate)
-        groups[f"LoRA on all linear layers, rank {rank}"] = group
-    return groups
+def of_part(part):
+    """Select the runs of each setting of a part of LONG_PARTS: {name: runs}."""
+    runs = [run for run in runs_of(part) if "validation" in run["results"]]
+    return {name: compare.select(runs, **changed) for name, changed in LONG_PARTS[part].items()}
 
 
 def rounding(name, **changed):
@@ -136,35 +119,30 @@ def accuracy_in_short():
     return f"{table(header, rows)}\n\n{made_on(group)}"
 
 
-def paired(name):
-    """Compare settings with the first, by seed: {label: (its runs, {where: differences in points})}."""
-    runs, found = runs_of(name), {}
-    for label, changed in PAIRED[name].items():
-        group = compare.select(runs, **LONG, **changed)
-        plain = next(iter(found.values()))[0] if found else group
-        found[label] = group, {where: differences(group, plain, where) for where in SETS}
-    return found
+def paired(part):
+    """Subtract the first setting of a part from the others, by seed: {name: {where: differences in points}}."""
+    (_, plain), *others = of_part(part).items()
+    return {name: {where: differences(group, plain, where) for where in SETS} for name, group in others}
 
 
-def paired_differences(name):
+def paired_differences(part):
     """Tabulate the accuracy of each setting, and its difference from the first with the 95 % interval."""
-    rows = []
-    for label, (group, points) in paired(name).items():
-        row = [label]
+    rows, points = [], paired(part)
+    for name, group in of_part(part).items():
+        row = [name]
         for where in SETS:
-            row.append(f"{compare.mean_accuracy(group, where):.2f}")
-            row.append("{:+.2f} ({:+.2f} to {:+.2f})".format(*interval(points[where])) if rows else "")
+            difference = "{:+.2f} ({:+.2f} to {:+.2f})".format(*interval(points[name][where])) if rows else ""
+            row += [f"{compare.mean_accuracy(group, where):.2f}", difference]
         rows.append(row)
     header = ["", *(text for title in SETS.values() for text in (title, "difference"))]
     return f"{table(header, rows)}\n\n{made_on(group).replace('Mean and range', 'Mean')}"
 
 
-def intervals_in_words(name):
+def intervals_in_words(part):
     """Count the intervals of `paired_differences` that exclude 0, and correct the smallest p for their number."""
-    _, *quantised = paired(name).values()
-    found = [values for _, points in quantised for values in points.values()]
+    found = [points for by_set in paired(part).values() for points in by_set.values()]
     apart = sum(not low <= 0 <= high for _, low, high in map(interval, found))
-    corrected = min(1, len(found) * min(ttest_1samp(values, 0).pvalue for values in found))
+    corrected = min(1, len(found) * min(ttest_1samp(points, 0).pvalue for points in found))
     words = f"Of {len(found)} intervals, {apart or 'none'} exclude{'' if apart else 's'} 0"
     return f"{words}. Corrected for the number of intervals, the smallest p is {corrected:.2f}"
 
