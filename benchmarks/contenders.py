@@ -6,7 +6,6 @@ into batches in the order of each way. `alternate` times the contenders in turn.
 
 import contextlib
 import itertools
-import statistics
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 import transformers
 from machine import DEVICE
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, BitsAndBytesConfig
 
 import lora_utils
 from lora_lab.sources import load_sst2, packaged_checkpoint
@@ -91,8 +90,12 @@ class Contender:
         options = {"attn_implementation": self.way.attention, "dtype": self.dtype}
         options |= {"hidden_dropout_prob": self.way.dropout, "attention_probs_dropout_prob": self.way.dropout}
         if self.way.base:
-            options["quantization_config"] = bitsandbytes_config(self.way.base, self.native)
-            options["device_map"] = {"": DEVICE}
+            bits = {"load_in_8bit": True}
+            if self.way.base == 4:
+                bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+                bits["bnb_4bit_compute_dtype"] = self.native
+            config = BitsAndBytesConfig(llm_int8_skip_modules=["classifier"], **bits)
+            options |= {"quantization_config": config, "device_map": {"": DEVICE}}
         model = BertForSequenceClassification.from_pretrained(folder, **options)
         if self.way.who == "torch.ao":
             model = torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)
@@ -117,16 +120,6 @@ class Contender:
         self.call(**{name: tensor for name, tensor in batch.items() if name != "labels"})
 
 
-def bitsandbytes_config(bits, dtype):
-    from transformers import BitsAndBytesConfig
-
-    options = {"load_in_8bit": True}
-    if bits == 4:
-        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options["bnb_4bit_compute_dtype"] = dtype
-    return BitsAndBytesConfig(llm_int8_skip_modules=["classifier"], **options)
-
-
 # The sentences ------------------------------------------------------------------------------------
 
 
@@ -149,7 +142,7 @@ def sentences(data, number=32 * lora_utils.LengthGroupedBatches.WINDOW, seed=0):
     return [[cls, *itertools.islice(words, n - 2), sep] for n in lengths], f"{name}, cut to SST-2's lengths"
 
 
-def batches(ids, way, number, size=32):
+def batches(ids, way, number):
     """Draw `number` of the batches that a way makes of the sentences, as long on the mean as all of them.
 
     All ways start from the same sentences, but a few batches cannot hold the same ones in every way. So the
@@ -161,7 +154,7 @@ def batches(ids, way, number, size=32):
         ordered = sorted(ids, key=len)
     else:
         ordered = [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]
-    cut = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    cut = [ordered[i : i + 32] for i in range(0, len(ordered), 32)]
     lengths = torch.tensor([128 if way == "to 128" else max(map(len, batch)) for batch in cut])
     draws = (torch.arange(number) + torch.rand(1000, number, generator=generator)) * len(cut) / number
     draws = draws.long().clamp(max=len(cut) - 1)
@@ -214,11 +207,3 @@ def alternate(contenders, calls, rounds, size=32):
             rates[name].append(size * len(its_batches[:calls]) / spent[name])
         print(".", end="" if done + 1 < rounds else "\n", flush=True, file=sys.stderr)
     return rates
-
-
-def ratio(rates, over, under):
-    """(median, lower quartile, upper quartile) of a ratio, round by round."""
-    low, median, high = statistics.quantiles(
-        [a / b for a, b in zip(rates[over], rates[under], strict=True)], n=4, method="inclusive"
-    )
-    return median, low, high

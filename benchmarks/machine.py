@@ -66,14 +66,9 @@ def hold(to):
 def versions(frozen_dtype):
     """Return the device and the versions that made a number."""
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return {
-        "device": device,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "frozen_dtype": str(frozen_dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    kind = {"device": device, "isa": torch.backends.cpu.get_cpu_capability()}
+    kind |= {"frozen_dtype": str(frozen_dtype).removeprefix("torch."), "python": platform.python_version()}
+    return kind | {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 @functools.cache

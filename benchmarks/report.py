@@ -108,6 +108,8 @@ def claims():
     runs, mean = accuracy.runs_of("sweep"), compare.mean_accuracy
     groups, five_seeds = compare.methods(runs), accuracy.of_part("five seeds")["LoRA, not quantised"]
     heads = compare.compare_seeds(groups["LoRA"], groups["head alone, mean of tokens"])
+    settings = [str(run["settings"]) for run in runs]
+    wanted = [str(compare.DEFAULT | changed) for part in sweep.PARTS.values() for changed in part]
     ranks = [mean(compare.select(runs, rank=rank)) for rank in (4, 8, 16, 64)]
     quantised = [mean(group) for name, group in groups.items() if name.startswith("q-LoRA")]
     large = [mean(group) for group in accuracy.of_part("all phrases").values()]
@@ -115,10 +117,12 @@ def claims():
     integers = [points["held-out"] for points in accuracy.paired("integer products").values()]
     lines = [run for name in ("sweep", *sweep.LONG_PARTS) for run in accuracy.runs_of(name)]
     found = [result for run in lines for result in run["results"].values()]
+    at_rank_64 = [speed.ratio(x, "LoRA, rank 64", "LoRA, rank 1")[0] for x in speed.results("rank").values()]
     cpus, fast = ["AVX2", "AVX512_VNNI", "AVX512_BF16"], ["training", BATCHES]
     return {
         "a line has the label of every sentence": all(len(x["labels"]) == len(x["right"]) == x["n"] for x in found),
         "its accuracy is that of its labels": all(x["right"].count("1") / x["n"] == x["accuracy"] for x in found),
+        "the sweep has three seeds per setting": all(settings.count(each) == 3 for each in {*settings, *wanted}),
         "LoRA beats the head alone": all(test.p < 0.05 and test.first_only > test.second_only for test in heads),
         "LoRA has no clear gain above rank 4": max(ranks) - min(ranks) < 1,
         "q-LoRA lies at LoRA's accuracy": all(abs(each - mean(groups["LoRA"])) < 1 for each in quantised),
@@ -128,7 +132,7 @@ def claims():
         "LoRA is faster than PEFT": all(is_faster("LoRA", "PEFT, tuned", ["training"], [*cpus, *GPU])),
         "an int8 base is faster without AMX": all(is_faster(INT8, "LoRA", fast, [*cpus, "AVX2_VNNI"])),
         "an int8 base is slower with AMX and on a GPU": not any(is_faster(INT8, "LoRA", speed.PARTS, AMX + GPU)),
-        "a step hardly grows with the rank": speed.rank_64_over_1() > 1 / 1.15,
+        "a step hardly grows with the rank": min(at_rank_64) > 1 / 1.15,
     }
 
 

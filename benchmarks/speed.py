@@ -107,12 +107,10 @@ def time_all(part, ways, ids, folder, args):
 
 def print_rates(part, rates):
     """Print each speed, and its ratio to LoRA's, or in the ablation to the row above."""
-    before = None
-    for name in rates:
+    for before, name in zip([None, *rates], rates):
         under = before if part == "ablation" else "LoRA"
         words = f"÷ {under} {spread(ratio({'sentences_a_second': rates}, name, under))}" if under in rates else ""
         print(f"  {name:44}{spread(quartiles(rates[name])):28}{words}")
-        before = name
 
 
 def peak_of(way, folder, ids, number):
@@ -133,8 +131,7 @@ def peak_of(way, folder, ids, number):
     contender = Contender(way, folder)
     for batch in [*given, given[-1]]:
         contender.step(batch)
-    on_gpu = DEVICE.type == "cuda"
-    result = {"peak": torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - before}
+    result = {"peak": resident("VmHWM") - before if DEVICE.type == "cpu" else torch.cuda.max_memory_allocated()}
     if way.who == "ours":
         contender.model(**given[-1]).loss.backward()  # for the gradients
         result["ledger"] = memory_ledger(contender.model, contender.optimizer, given[-1]).total_bytes()

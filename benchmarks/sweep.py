@@ -128,9 +128,8 @@ def build_model(settings, folder, seed):
     options |= {"target_modules": settings["targets"], "dropout": 0.0}
     if settings["method"] == "qlora":
         options |= {"bits": settings["bits"], "base_bits": settings["base_bits"]}
-        model = lora_utils.qLoRABertModel(str(folder), **options)
-    else:
-        model = lora_utils.LoRABertModel(str(folder), **options)
+    model_class = lora_utils.qLoRABertModel if settings["method"] == "qlora" else lora_utils.LoRABertModel
+    model = model_class(str(folder), **options)
     for module in model.modules():
         if isinstance(module, lora_utils.QuantizedLinear):
             module.int8_arithmetic = settings.get("int8_arithmetic")  # None: exact products, on every machine
@@ -141,11 +140,10 @@ def build_model(settings, folder, seed):
 
 def train(model, loader, learning_rate, epochs=1):
     """Train as the notebooks do, but without checkpoints. Return the mean loss of the last hundred steps."""
-    accelerator = Accelerator(cpu=DEVICE.type == "cpu")
+    options = {"epochs": epochs, "checkpoint_every": None}
     with torch.random.fork_rng():  # dropout continues from the caller's seed, not from the run's
-        run = training.new_run(
-            "benchmark", model, loader, accelerator, learning_rate, epochs=epochs, checkpoint_every=None
-        )
+        accelerator = Accelerator(cpu=DEVICE.type == "cpu")
+        run = training.new_run("benchmark", model, loader, accelerator, learning_rate, **options)
     training.train(run, progress=False)
     return round(statistics.fmean(run.losses[-100:]), 4)
 
@@ -165,8 +163,7 @@ def run(settings, seed, args, threads):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     phrases, tests = data_of(args.data, args.all_phrases)
-    phrases = phrases.shuffle(seed=seed)
-    phrases = phrases.select(range(min(args.phrases, len(phrases))))
+    phrases = phrases.shuffle(seed=seed).select(range(min(args.phrases, len(phrases))))
     folder = find_model(args.model, announce=False).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     loader = lora_utils.make_loader(phrases, tokenizer, batch_size=32, shuffle=True, seed=seed)
@@ -228,17 +225,15 @@ def in_float16(model, loader):
     return measured(copied, loader)
 
 
-RANKS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384]
-
-
 @torch.no_grad()
 def low_rank_part(start, trained, loader):
     """Measure how near to low rank the update W1 - W0 of full fine-tuning is.
 
-    share: {layer: share of its squared norm that its first 1, 2, 3, ... (RANKS) singular values hold}
+    share: {layer: share of its squared norm that its first 1, 2, 3, ... (ranks) singular values hold}
     size: {layer: its norm over that of W0}; shape: {layer: (out, in)}
     kept: {rank: accuracy left when the update of every linear layer is cut to that rank; the rest as trained}
     """
+    ranks = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384]
     before = dict(start.bert.named_modules())
     layers = {name: m for name, m in trained.bert.named_modules() if isinstance(m, torch.nn.Linear)}
     shares, sizes, factors = {}, {}, {}
@@ -247,7 +242,7 @@ def low_rank_part(start, trained, loader):
         U, S, V = torch.linalg.svd(update, full_matrices=False)
         factors[name] = (U, S, V)
         share = S.square().cumsum(0) / S.square().sum()
-        shares[name] = [round(share[rank - 1].item(), 4) for rank in RANKS if rank <= len(S)]
+        shares[name] = [round(share[rank - 1].item(), 4) for rank in ranks if rank <= len(S)]
         sizes[name] = round((update.norm() / before[name].weight.norm()).item(), 4)
     kept = {}
     for rank in (0, 1, 4, 16, 64):
@@ -255,7 +250,7 @@ def low_rank_part(start, trained, loader):
             layers[name].weight.copy_(before[name].weight + (U[:, :rank] * S[:rank]) @ V[:rank])
         kept[rank] = lora_utils.evaluate(trained, loader).accuracy
     shapes = {name: list(layer.weight.shape) for name, layer in layers.items()}
-    return {"ranks": RANKS, "share": shares, "size": sizes, "shape": shapes, "kept": kept}
+    return {"ranks": ranks, "share": shares, "size": sizes, "shape": shapes, "kept": kept}
 
 
 # All runs ------------------------------------------------------------------------------------------
@@ -286,14 +281,14 @@ def main():
             wanted[key_of(about | {"settings": DEFAULT | changed, "seed": seed})] = (DEFAULT | changed, seed)
     missing = [job for key, job in wanted.items() if key not in done]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there", flush=True)
-    at_commit = commit()
+    commit()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, torch.get_num_threads() // args.processes)
     spawn = multiprocessing.get_context("spawn")  # forked, a run could wait for a thread that it does not have
     with concurrent.futures.ProcessPoolExecutor(args.processes, spawn) as pool:
         jobs = [pool.submit(run, *job, args, threads) for job in missing]
         for number, job in enumerate(jobs, 1):  # in their order, so that the seeds of two settings can be paired
-            line = job.result() | {"commit": at_commit}
+            line = job.result() | {"commit": commit()}
             with open(args.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             score, of_run = line["results"]["validation"]["accuracy"], f"seed {line['seed']}  {line['settings']}"

@@ -29,8 +29,8 @@ def made_on(group):
     first, machine = group[0], group[0]["machine"]
     phrases = f"{first['data']}, one epoch of {first['trained_on']:,} phrases"
     where = f"{machine['device'].replace('1 CPU threads', '1 CPU thread')}, {machine['isa']}, {machine['frozen_dtype']}"
-    seeds = f"Mean and range of {len(group)} seeds"
-    return f"{seeds}. {first['model'].rpartition('/')[2]}, {phrases}; {where}, torch {machine['torch']}."
+    about = f"{first['model'].rpartition('/')[2]}, {phrases}; {where}, torch {machine['torch']}"
+    return f"Mean and range of {len(group)} seeds. {about}."
 
 
 def mean_and_range(values):
@@ -158,8 +158,8 @@ def half_width(accuracy, n=872):
 
 def parameters_of_the_6_layers():
     runs = runs_of("sweep")
-    trained = compare.select(runs)[0]["trained_parameters"]
-    total = compare.full_fine_tuning(runs)[0]["trained_parameters"] + trained - compare.head_bytes(runs) // 4
+    trained, of_all = (compare.methods(runs)[name][0]["trained_parameters"] for name in ("LoRA", "full fine-tuning"))
+    total = of_all + trained - compare.head_bytes(runs) // 4
     return f"{trained:,} of {total:,} for the 6-layer BERT ({100 * trained / total:.2f} %)"
 
 

@@ -23,18 +23,10 @@ CLASSES = ["AVX2", "AVX512_VNNI", "AVX512_BF16", "AMX", "GPU (H100)"]  # the col
 RANKS = (1, 4, 16, 64)
 INT8_BASE = "q-LoRA, 4 bits, int8 base"
 FULL = "full fine-tuning, in our batches"
-RATIOS_OF_TRAINING = [
-    ("LoRA", "full fine-tuning, padded to 128"),
-    ("LoRA", FULL),
-    ("LoRA", "PEFT"),
-    ("LoRA", "PEFT, tuned"),
-    ("q-LoRA", "LoRA"),
-    ("q-LoRA, NF4 base", "LoRA"),
-    ("q-LoRA, NF4 base", "PEFT, NF4 base"),
-    ("q-LoRA, NF4 base", "PEFT, NF4 base, tuned"),
-    ("q-LoRA, int8 base", "PEFT, int8 base"),
-    ("q-LoRA, int8 base", "PEFT, int8 base, tuned"),
-]
+RATIOS_OF_TRAINING = [("LoRA", under) for under in ("full fine-tuning, padded to 128", FULL, "PEFT", "PEFT, tuned")]
+RATIOS_OF_TRAINING += [("q-LoRA", "LoRA"), ("q-LoRA, NF4 base", "LoRA")]
+RATIOS_OF_TRAINING += [("q-LoRA, NF4 base", "PEFT, NF4 base"), ("q-LoRA, NF4 base", "PEFT, NF4 base, tuned")]
+RATIOS_OF_TRAINING += [("q-LoRA, int8 base", "PEFT, int8 base"), ("q-LoRA, int8 base", "PEFT, int8 base, tuned")]
 PLAIN = "transformers, float32"
 RATIOS_OF_INFERENCE = [("transformers, bfloat16", PLAIN), ("torch.ao, dynamic int8", PLAIN), ("LoRA", PLAIN)]
 RATIOS_OF_INFERENCE += [("LoRA, merged", PLAIN), ("q-LoRA, packed", "LoRA"), ("q-LoRA, NF4 base", "LoRA")]
@@ -70,12 +62,11 @@ def spread(values):
 
 def made_on(found):
     """Say on which machines and data results were made, with which versions, in how many rounds."""
-    words = "Made on {device} ({cpu}), torch {torch}, transformers {transformers}, "
-    words += "peft {peft}, bitsandbytes {bitsandbytes}"
     said = []
     for result in found.values():
-        line = f"{words.format(**result['machine'])}, {result['data']}."
-        said.append(line.replace("1 CPU threads", "1 CPU thread"))
+        about = [result["machine"][name] for name in ("device", "cpu", "torch", "transformers", "peft", "bitsandbytes")]
+        words = "Made on {} ({}), torch {}, transformers {}, peft {}, bitsandbytes {}, ".format(*about)
+        said.append(f"{words}{result['data']}.".replace("1 CPU threads", "1 CPU thread"))
     rounds = sorted({result["rounds"] for result in found.values() if "rounds" in result})
     return " ".join(dict.fromkeys(said)) + (f" {' or '.join(map(str, rounds))} rounds." if rounds else "")
 
@@ -217,8 +208,8 @@ def speed_in_short():
 def speed_and_memory_in_short():
     """Tabulate every way to train BERT-base's shape: speed by class of machine and peak memory, relative to LoRA."""
     names = {FULL: "full fine-tuning", "PEFT": "PEFT as documented", "PEFT, tuned": "PEFT, tuned", "LoRA": "**LoRA**"}
-    names |= {"q-LoRA": "q-LoRA, A and B in 8 bits", "q-LoRA, int8 base": "q-LoRA, int8 base"}
-    names |= {"q-LoRA, NF4 base": "q-LoRA, NF4 base"}
+    names["q-LoRA"] = "q-LoRA, A and B in 8 bits"
+    names |= {name: name for name in ("q-LoRA, int8 base", "q-LoRA, NF4 base")}
     columns = {}
     for name in CLASSES:
         if name != "AMX":
@@ -269,10 +260,8 @@ def sizes_of_bert_base(rank=8):
     head = sum(parameter.numel() for parameter in model.classifier.parameters())
     of_adapter = {bits: adapter * bits // 8 + matrices * rank * 4 for bits in (8, 4, 2)}  # one scale per rank
     of_adapter[None] = 4 * adapter
-
-    weights = [
-        module.weight for module in model.bert.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
-    ]
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    weights = [module.weight for module in model.bert.modules() if isinstance(module, kinds)]
     numbers = sum(weight.numel() for weight in weights)
     others = sum(parameter.numel() for parameter in model.bert.parameters()) - numbers
     rest = 4 * (adapter + head) + 2 * others + 8 * config.max_position_embeddings  # with the int64 position ids
@@ -294,11 +283,6 @@ def bytes_of_bert_base():
 
 
 # Numbers in sentences ------------------------------------------------------------------------------
-
-
-def rank_64_over_1():
-    """Return the smallest median speed of LoRA at rank 64 over that at rank 1."""
-    return min(ratio(result, "LoRA, rank 64", "LoRA, rank 1")[0] for result in results("rank").values())
 
 
 def span(part, over, under="LoRA", classes=("AVX2", "AVX2_VNNI", "AVX512_VNNI", "AVX512_BF16")):
