@@ -108,6 +108,7 @@ def claims():
     runs, mean = accuracy.runs_of("sweep"), compare.mean_accuracy
     groups, five_seeds = compare.methods(runs), accuracy.of_part("five seeds")["LoRA, not quantised"]
     heads = compare.compare_seeds(groups["LoRA"], groups["head alone, mean of tokens"])
+    rates = [mean(compare.select(runs, learning_rate=rate), "held-out") for rate in (2e-3, 5e-4, 8e-3)]
     settings = [str(run["settings"]) for run in runs]
     wanted = [str(compare.DEFAULT | changed) for part in sweep.PARTS.values() for changed in part]
     ranks = [mean(compare.select(runs, rank=rank)) for rank in (4, 8, 16, 64)]
@@ -124,6 +125,7 @@ def claims():
         "its accuracy is that of its labels": all(x["right"].count("1") / x["n"] == x["accuracy"] for x in found),
         "the sweep has three seeds per setting": all(settings.count(each) == 3 for each in {*settings, *wanted}),
         "LoRA beats the head alone": all(test.p < 0.05 and test.first_only > test.second_only for test in heads),
+        "LoRA's learning rate is the best on held-out phrases": rates[0] == max(rates),
         "LoRA has no clear gain above rank 4": max(ranks) - min(ranks) < 1,
         "q-LoRA lies at LoRA's accuracy": all(abs(each - mean(groups["LoRA"])) < 1 for each in quantised),
         "all linear layers reach more than query and value": large == sorted(large),
