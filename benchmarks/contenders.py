@@ -34,7 +34,7 @@ class Way:
     """One way to train or predict.
 
     who: "ours", "PEFT", "transformers" (full fine-tuning, or a plain prediction), or "torch.ao" (its dynamic int8).
-    batches: "like length", "random" (each padded to its longest), or "to 128" (random, padded to 128 tokens).
+    batches: "similar length", "random" (each padded to its longest), or "to 128" (random, padded to 128 tokens).
     base: of the frozen weights None (as they are), 8 or 4 bits: bitsandbytes' for PEFT, ours for ours.
     bits: of A and B, ours; None is unquantised LoRA.
     stored: "float32", or "native": bfloat16 where the machine computes in it.
@@ -42,7 +42,7 @@ class Way:
     """
 
     who: str
-    batches: str = "like length"
+    batches: str = "similar length"
     attention: str = "eager"
     dropout: float = 0.0
     base: int | None = None
@@ -150,7 +150,7 @@ def batches(ids, way, number):
     length is nearest to that of all.
     """
     generator = torch.Generator().manual_seed(0)
-    if way == "like length":
+    if way == "similar length":
         ordered = sorted(ids, key=len)
     else:
         ordered = [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]

@@ -4,7 +4,7 @@
     python benchmarks/report.py --check     write nothing, name what would change, and end with 1 if anything would
 
 A table or a number stands between `<!-- name -->` and `<!-- /name -->`, in any of these files. `TABLES` and `NUMBERS`
-hold the names. A name that stands in no file is an error, and so is a claim of `CLAIMS` that the results do not bear
+hold the names. A name that stands in no file is an error, and so is one of `claims` that the results do not bear
 out. The README's figure, whole.png, is drawn from the sweep.
 """
 

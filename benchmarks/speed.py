@@ -36,7 +36,7 @@ from lora_lab.ledger import memory_ledger
 
 OLDER = Way("transformers", "to 128", "sdpa", 0.1, stored="float32", fused=False)
 PEFT_STOCK = Way("PEFT", "random", "sdpa", 0.1, stored="float32", autocast=True, fused=False)
-PEFT_TUNED = Way("PEFT", "like length", "eager", 0.1, stored="float32", autocast=True, fused=False)
+PEFT_TUNED = Way("PEFT", "similar length", "eager", 0.1, stored="float32", autocast=True, fused=False)
 OURS = Way("ours")
 TRAINING = {
     "full fine-tuning, padded to 128": OLDER,
@@ -56,7 +56,7 @@ TRAINING = {
 # Each row has one thing more than the row before.
 ABLATION = {
     "PEFT as documented": PEFT_STOCK,
-    "batches of similar length": replace(PEFT_STOCK, batches="like length"),
+    "batches of similar length": replace(PEFT_STOCK, batches="similar length"),
     "plain attention": PEFT_TUNED,
     "the backbone's dropout off": replace(PEFT_TUNED, dropout=0.0),
     "frozen weights in bfloat16, no autocast": replace(PEFT_TUNED, dropout=0.0, stored="native", autocast=False),

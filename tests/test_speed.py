@@ -98,21 +98,21 @@ def test_every_way_starts_from_the_same_sentences():
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         )
 
-    assert rows("like length") == rows("random") == rows("to 128") == sorted(map(tuple, IDS))
+    assert rows("similar length") == rows("random") == rows("to 128") == sorted(map(tuple, IDS))
 
 
 @pytest.mark.parametrize("number", [4, 5, 10])
 def test_a_few_batches_are_as_long_on_the_mean_as_all(number):
     ids, _ = contenders.sentences("auto")
     tokens = {}
-    for way in ("like length", "random", "to 128"):
+    for way in ("similar length", "random", "to 128"):
         few, every = (
             statistics.fmean(batch["input_ids"].shape[1] for batch in contenders.batches(ids, way, n))
             for n in (number, 50)
         )
         assert few == pytest.approx(every, rel=0.005)
         tokens[way] = few
-    assert 2 * tokens["like length"] < tokens["random"] < tokens["to 128"] / 2
+    assert 2 * tokens["similar length"] < tokens["random"] < tokens["to 128"] / 2
 
 
 def test_contenders_take_turns_in_alternating_order(capsys):
