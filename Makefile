@@ -27,13 +27,11 @@ lint: $(VENV)/installed-tests
 # Where an instruction set is missing, the script says so and goes on. SST2_DIR=folder make bench takes SST-2.
 bench: $(VENV)/installed-tests
 	for model in bert-base packaged; do \
-	    for part in training ablation inference integers; do $(BIN)/python benchmarks/speed.py $$part --model $$model || exit; done; \
-	    $(BIN)/python benchmarks/memory.py --model $$model || exit; \
+	    for part in training ablation rank inference integers memory; do $(BIN)/python benchmarks/speed.py $$part --model $$model || exit; done; \
 	done
 	for set in AVX2 AVX2_VNNI AVX512_CORE_VNNI AVX512_CORE_BF16; do \
 	    for model in bert-base packaged; do $(BIN)/python benchmarks/speed.py integers --model $$model --held-to $$set || exit; done; \
 	done
-	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/report.py
 
 # Once it is published: the address into the notebooks' first cell, and the badges: make publish REPOSITORY=https://github.com/owner/name

@@ -1,14 +1,12 @@
-"""The runs that both notebooks draw: each setting under several seeds, one JSON line a run.
+"""Train with each setting under several seeds and evaluate: one JSON line per run. Every accuracy is made here.
 
-    python benchmarks/sweep.py --data folder                     all parts, three seeds; an hour or two on two cores
-    python benchmarks/sweep.py --data folder --parts rank bits   these parts alone
+    python benchmarks/sweep.py --data folder                     the parts that the notebooks draw, with three seeds
+    python benchmarks/sweep.py --data folder --parts rank bits   only these parts
 
-A run trains on 6,000 phrases for one epoch, the preset of the notebooks, drawn under the seed from the training phrases
-that are not held out, and is evaluated on the 872 validation sentences and on the 2,000 held-out training phrases
-(`accuracy.py`, `hold_out`): settings are chosen on these, never on the 872. The head alone is trained to its end
-(`lora_lab/baseline.py`). Every line holds seed, settings, commit, machine and the label given to every sentence. What
-the results file holds already is not run again, so the sweep goes on where it was stopped; runs of one setting that
-belong to several parts are run once. --summary prints the means.
+A run trains for one epoch on phrases that are drawn under its seed. 2,000 training phrases are held out, and
+settings are chosen on them, never on the 872 validation sentences. `--all-phrases` holds nothing out. The head alone
+is trained until it has converged. A line has the settings, seed, machine, commit and the label of every sentence.
+Runs that are in the file already are not repeated, so the sweep continues where it was stopped.
 """
 
 import argparse
@@ -20,115 +18,182 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import transformers
-from accuracy import FEATURES_OF, HELD_OUT, ROOT, build_model, commit, hold_out, machine, train
+from accelerate import Accelerator
+from machine import DEVICE, RESULTS, commit, versions
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-sys.path.insert(0, str(ROOT))
-
 import lora_utils
+from lora_lab import training
 from lora_lab.baseline import evaluate_head, train_head
 from lora_lab.compare import DEFAULT, HEAD_ALONE, HEAD_METHODS, read_runs
 from lora_lab.ledger import memory_ledger
 from lora_lab.rounding import WAYS, round_adapter
 from lora_lab.sources import find_model, load_sst2
 
-HEAD = [HEAD_ALONE | {"method": method} for method in HEAD_METHODS.values()]
+FEATURES_OF = {method: features for features, method in HEAD_METHODS.items()}  # of the head alone
+HEAD = {"head alone, pooled output": HEAD_ALONE | {"method": HEAD_METHODS["pooled"]}}
+HEAD["head alone, mean of tokens"] = HEAD_ALONE | {"method": HEAD_METHODS["mean of tokens"]}
 QUANTISED = {"method": "qlora", "bits": 4}
-# The default's learning rate is the best of its row in "scaling" on the held-out phrases.
+FULL = {"method": "full", "rank": None, "scaling": None}
+# What a run changes in `compare.DEFAULT`, whose learning rate is the best of its row in "scaling" on held-out phrases.
 PARTS = {
-    "rank": HEAD + [{"rank": rank} for rank in (1, 2, 4, 8, 16, 64)],
-    "bits": [{}] + [QUANTISED | {"bits": bits} for bits in (8, 4, 3, 2)],
-    "base": [{}] + [QUANTISED | {"base_bits": base_bits} for base_bits in (None, 8, 4)],
-    "full": [{"method": "full", "rank": None, "scaling": None, "learning_rate": rate} for rate in (1e-4, 3e-4)],
-    "bytes": [{"rank": 1}, {"rank": 4}]
-    + [QUANTISED | {"rank": rank, "bits": bits} for rank, bits in ((2, 8), (4, 4), (8, 2), (8, 8), (16, 4), (32, 2))],
-    "targets": [
-        {"targets": targets}
-        for targets in (["query"], ["value"], ["query", "value"], ["query", "key", "value"], "all-linear")
-    ],
-    "scaling": [
-        {"scaling": scaling, "learning_rate": rate} for scaling in (0.5, 2.0, 8.0) for rate in (5e-4, 2e-3, 8e-3)
-    ],
+    "rank": [*HEAD.values(), *({"rank": rank} for rank in (1, 2, 4, 8, 16, 64))],
+    "bits": [{}, *(QUANTISED | {"bits": bits} for bits in (8, 4, 3, 2))],
+    "base": [{}, *(QUANTISED | {"base_bits": base_bits} for base_bits in (None, 8, 4))],
+    "full": [FULL | {"learning_rate": rate} for rate in (1e-4, 3e-4)],
+    "bytes": [{"rank": 1}, {"rank": 4}],
+    "targets": [{"targets": names.split()} for names in ("query", "value", "query value", "query key value")],
+    "scaling": [{"scaling": s, "learning_rate": rate} for s in (0.5, 2.0, 8.0) for rate in (5e-4, 2e-3, 8e-3)],
 }
+for rank, bits in ((2, 8), (4, 4), (8, 2), (8, 8), (16, 4), (32, 2)):
+    PARTS["bytes"].append(QUANTISED | {"rank": rank, "bits": bits})
+PARTS["targets"].append({"targets": "all-linear"})
+
+# The long runs, by their names in the tables. Each part has a results file. benchmarks/README.md has the commands.
+LONG = {"learning_rate": 1e-3}
+ALL = {"targets": "all-linear", "rank": 32, "learning_rate": 5e-4}
+INT8 = LONG | {"method": "qlora", "bits": 8, "base_bits": 8}
+LONG_PARTS = {
+    "all phrases": HEAD | {"LoRA on query and value, rank 8": LONG},
+    "five seeds": {"LoRA, not quantised": LONG},
+    "integer products": {"exact products": INT8},
+}
+LONG_PARTS["all phrases"] |= {"LoRA on all linear layers, rank 16": ALL | LONG | {"rank": 16}}
+LONG_PARTS["all phrases"] |= {"LoRA on all linear layers, rank 32": ALL}
+for bits in (8, 4, 3, 2):
+    LONG_PARTS["five seeds"][f"A and B in {bits} bits"] = LONG | QUANTISED | {"bits": bits}
+for bits in (8, 4):
+    LONG_PARTS["five seeds"][f"A and B in 8 bits, base in {bits}"] = INT8 | {"base_bits": bits}
+for name, kernel in {"8 bits with VNNI, oneDNN": "onednn", "7 bits without, FBGEMM": "fbgemm"}.items():
+    LONG_PARTS["integer products"][name] = INT8 | {"int8_arithmetic": kernel}
+
+
+# Data ----------------------------------------------------------------------------------------------
+
+
+def hold_out(train, number, seed=0):
+    """Split training phrases: (the rest, `number` phrases of which no part is left in the rest).
+
+    SST-2's training phrases are parts of its training sentences. Phrases drawn at random would have been seen, in
+    other cuts, in training. So we draw whole sentences, which are part of no other, and hold out all their parts.
+    """
+    words = [tuple(sentence.split()) for sentence in train["sentence"]]
+    longest_first = sorted(range(len(words)), key=lambda i: -len(words[i]))
+    parts, whole = set(), []
+    for i in longest_first:
+        if words[i] not in parts:
+            whole.append(i)
+            parts.update(parts_of(words[i]))
+    copies, held, count = Counter(words), set(), 0
+    for i in torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)):
+        if count >= number:
+            break
+        new = parts_of(words[whole[i]]) - held
+        held |= new
+        count += sum(copies[part] for part in new)
+    rest = [i for i in range(len(words)) if words[i] not in held]
+    held_out = [i for i in range(len(words)) if words[i] in held]
+    return train.select(rest), train.select(held_out[:number])
+
+
+def parts_of(words):
+    return {words[i:j] for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
 
 
 @functools.cache
-def data_of(data):
-    """(phrases to train on, what to evaluate on), by the argument of `load_sst2`."""
+def data_of(data, all_phrases):
+    """Return (phrases to train on, what to evaluate on), by the argument of `load_sst2`."""
     splits = load_sst2(data)
-    few = min(HELD_OUT, len(splits["train"]) // 10)
-    rest, held_out = hold_out(splits["train"], phrases=few)
+    if all_phrases:
+        return splits["train"], {"validation": splits["validation"]}
+    rest, held_out = hold_out(splits["train"], min(2_000, len(splits["train"]) // 10))
     return rest, {"validation": splits["validation"], "held-out": held_out}
 
 
-def measured(model, loaders, evaluate=lora_utils.evaluate):
-    """{what it was evaluated on: accuracy, loss, and for every sentence its label and whether that is right}."""
-    results = {}
-    for name, loader in loaders.items():
-        result = evaluate(model, loader)
-        truth = [row["labels"] for row in loader.dataset]
-        right = "".join(str(int(a == b)) for a, b in zip(result.predictions, truth, strict=True))
-        labels = "".join(map(str, result.predictions))
-        results[name] = {"accuracy": result.accuracy, "n": result.n, "loss": round(result.loss, 4)}
-        results[name] |= {"labels": labels, "right": right}
-    return results
+# A run ---------------------------------------------------------------------------------------------
 
 
-def run(settings, seed, model, data, phrases, threads):
-    """Train and evaluate one setting under one seed: a line of the results file, without the commit."""
+def build_model(settings, folder, seed):
+    """Build the model to train, its new weights drawn under the seed."""
+    torch.manual_seed(seed)
+    if settings["method"] == "full":
+        return BertForSequenceClassification.from_pretrained(folder, attn_implementation="eager", num_labels=2)
+    options = {"rank": settings["rank"] or 1, "alpha": (settings["scaling"] or 1.0) * (settings["rank"] or 1)}
+    options |= {"target_modules": settings["targets"], "dropout": 0.0}
+    if settings["method"] == "qlora":
+        options |= {"bits": settings["bits"], "base_bits": settings["base_bits"]}
+    model_class = lora_utils.qLoRABertModel if settings["method"] == "qlora" else lora_utils.LoRABertModel
+    model = model_class(str(folder), **options)
+    for module in model.modules():
+        if isinstance(module, lora_utils.QuantizedLinear):
+            module.int8_arithmetic = settings.get("int8_arithmetic")  # None: exact products, on every machine
+    for layer in model.lora_layers().values() if settings["method"] in FEATURES_OF else ():
+        layer.requires_grad_(False)  # A and B stay as they start, where they change nothing
+    return model
+
+
+def train(model, loader, learning_rate, epochs=1):
+    """Train as the notebooks do, but without checkpoints. Return the mean loss of the last hundred steps."""
+    options = {"epochs": epochs, "checkpoint_every": None}
+    with torch.random.fork_rng():  # dropout continues from the caller's seed, not from the run's
+        accelerator = Accelerator(cpu=DEVICE.type == "cpu")
+        run = training.new_run("benchmark", model, loader, accelerator, learning_rate, **options)
+    training.train(run, progress=False)
+    return round(statistics.fmean(run.losses[-100:]), 4)
+
+
+def measured(model, loader, evaluate=lora_utils.evaluate):
+    """Evaluate: accuracy, loss, and for every sentence its label and whether that is right."""
+    result = evaluate(model, loader)
+    truth = [row["labels"] for row in loader.dataset]
+    right = "".join(str(int(a == b)) for a, b in zip(result.predictions, truth, strict=True))
+    labels = "".join(map(str, result.predictions))
+    return {"accuracy": result.accuracy, "n": result.n, "loss": round(result.loss, 4), "labels": labels, "right": right}
+
+
+def run(settings, seed, args, threads):
+    """Train and evaluate one setting under one seed. Return a line of the results file, without the commit."""
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    train_split, tests = data_of(data)
-    train_split = train_split.shuffle(seed=seed)
-    train_split = train_split.select(range(min(phrases, len(train_split))))
-    features = FEATURES_OF.get(settings["method"])  # None, except for the head alone
-    folder = find_model(model, announce=False).folder
+    phrases, tests = data_of(args.data, args.all_phrases)
+    phrases = phrases.shuffle(seed=seed).select(range(min(args.phrases, len(phrases))))
+    folder = find_model(args.model, announce=False).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    loader = lora_utils.make_loader(train_split, tokenizer, batch_size=32, shuffle=True, seed=seed)
+    loader = lora_utils.make_loader(phrases, tokenizer, batch_size=32, shuffle=True, seed=seed)
     loaders = {name: lora_utils.make_loader(split, tokenizer, batch_size=64) for name, split in tests.items()}
-    if settings["method"] == "full":
-        torch.manual_seed(seed)
-        trained = BertForSequenceClassification.from_pretrained(folder, attn_implementation="eager", num_labels=2)
-        start = copy.deepcopy(trained)
-    else:
-        options = {"dropout": 0.0, "backbone_dropout": 0.0}
-        if features:
-            options |= {"rank": 1, "alpha": 1.0}  # A and B are frozen at their start, where they change nothing
-        else:
-            options |= {"alpha": settings["scaling"] * settings["rank"]}
-        trained = build_model(SimpleNamespace(model=model, **settings | options), seed)
+    model = build_model(settings, folder, seed)
+    start = copy.deepcopy(model) if settings["method"] == "full" else None
+    features, loss, evaluate = FEATURES_OF.get(settings["method"]), None, lora_utils.evaluate
     began = time.perf_counter()
     if features:
-        head, loss = train_head(trained, loader, features), None
+        head = train_head(model, loader, features)
         evaluate = functools.partial(evaluate_head, head=head, features=features)
     else:
-        loss = round(train(trained, loader, 1, settings["learning_rate"], warmup=0.06), 4)
-        evaluate = lora_utils.evaluate
-    line = {"settings": settings, "seed": seed, "model": model, "data": train_split.info.dataset_name}
-    line |= {"trained_on": len(train_split), "seconds": round(time.perf_counter() - began, 1)}
-    line |= {"trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad)}
-    line |= {"train_loss": loss, "results": measured(trained, loaders, evaluate)}
-    line |= {"machine": machine(next(getattr(trained, "model", trained).bert.parameters()).dtype)}
-    line |= bytes_of(trained, settings["method"])
-    if settings["method"] == "full":
-        line["update"] = low_rank_part(start.to(trained.device), trained, loaders["validation"])
-    if settings == DEFAULT:
-        line["rounded"] = rounded_afterwards(trained, loaders["validation"])
+        loss = train(model, loader, settings["learning_rate"])
+    line = {"settings": settings, "seed": seed, "model": args.model, "data": phrases.info.dataset_name}
+    line |= {"trained_on": len(phrases), "seconds": round(time.perf_counter() - began, 1)}
+    line |= {"trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "train_loss": loss}
+    line["results"] = {name: measured(model, test, evaluate) for name, test in loaders.items()}
+    line["machine"] = versions(next(getattr(model, "model", model).bert.parameters()).dtype)
+    line |= bytes_of(model, settings["method"])
+    if start:
+        line["update"] = low_rank_part(start.to(model.device), model, loaders["validation"])
+    if settings in (DEFAULT, DEFAULT | LONG):
+        line["rounded"] = rounded_afterwards(model, loaders["validation"])
     if settings in (DEFAULT | {"rank": 1}, DEFAULT | {"rank": 4}):
-        line["float16"] = in_float16(trained, loaders["validation"])
+        line["float16"] = in_float16(model, loaders["validation"])
     return line
 
 
 def bytes_of(model, method):
-    """bytes: of what was trained, as it is saved, but for the head; held: of the whole model, ready to predict."""
+    """Count the bytes of what was trained, as it is saved, without the head; and those held by the whole model."""
     if method == "full":
         held = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
         return {"bytes": held - sum(p.nbytes for p in model.classifier.parameters()), "held": held}
@@ -143,34 +208,32 @@ def bytes_of(model, method):
 
 
 def rounded_afterwards(model, loader):
-    """{way: {bits: error, accuracy, labels}} of the trained A and B, rounded when the training is over."""
+    """Return {way: {bits: error, accuracy, labels}} of the trained A and B, rounded after training."""
     ways = {}
     for way, bits in itertools.product(WAYS, (8, 4, 3, 2)):
         copied, error = round_adapter(model, way, bits)
-        ways.setdefault(way, {})[bits] = {"error": round(error, 4)} | measured(copied, {"": loader})[""]
+        ways.setdefault(way, {})[bits] = {"error": round(error, 4)} | measured(copied, loader)
     return ways
 
 
+@torch.no_grad()
 def in_float16(model, loader):
-    """Accuracy and labels with A and B rounded to float16."""
+    """Evaluate with A and B rounded to float16."""
     copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for matrix in itertools.chain(*(layer.low_rank() for layer in copied.lora_layers().values())):
-            matrix.copy_(matrix.half())
-    return measured(copied, {"": loader})[""]
-
-
-RANKS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384]
+    for matrix in itertools.chain(*(layer.low_rank() for layer in copied.lora_layers().values())):
+        matrix.copy_(matrix.half())
+    return measured(copied, loader)
 
 
 @torch.no_grad()
 def low_rank_part(start, trained, loader):
-    """How near to low rank the update W1 - W0 of full fine-tuning is.
+    """Measure how near to low rank the update W1 - W0 of full fine-tuning is.
 
-    share: {layer: share of its squared norm that its first 1, 2, 3, ... (RANKS) singular values hold}
+    share: {layer: share of its squared norm that its first 1, 2, 3, ... (ranks) singular values hold}
     size: {layer: its norm over that of W0}; shape: {layer: (out, in)}
     kept: {rank: accuracy left when the update of every linear layer is cut to that rank; the rest as trained}
     """
+    ranks = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384]
     before = dict(start.bert.named_modules())
     layers = {name: m for name, m in trained.bert.named_modules() if isinstance(m, torch.nn.Linear)}
     shares, sizes, factors = {}, {}, {}
@@ -179,7 +242,7 @@ def low_rank_part(start, trained, loader):
         U, S, V = torch.linalg.svd(update, full_matrices=False)
         factors[name] = (U, S, V)
         share = S.square().cumsum(0) / S.square().sum()
-        shares[name] = [round(share[rank - 1].item(), 4) for rank in RANKS if rank <= len(S)]
+        shares[name] = [round(share[rank - 1].item(), 4) for rank in ranks if rank <= len(S)]
         sizes[name] = round((update.norm() / before[name].weight.norm()).item(), 4)
     kept = {}
     for rank in (0, 1, 4, 16, 64):
@@ -187,68 +250,49 @@ def low_rank_part(start, trained, loader):
             layers[name].weight.copy_(before[name].weight + (U[:, :rank] * S[:rank]) @ V[:rank])
         kept[rank] = lora_utils.evaluate(trained, loader).accuracy
     shapes = {name: list(layer.weight.shape) for name, layer in layers.items()}
-    return {"ranks": RANKS, "share": shares, "size": sizes, "shape": shapes, "kept": kept}
+    return {"ranks": ranks, "share": shares, "size": sizes, "shape": shapes, "kept": kept}
+
+
+# All runs ------------------------------------------------------------------------------------------
 
 
 def key_of(line):
     return json.dumps([line[name] for name in ("settings", "seed", "model", "data", "trained_on")], sort_keys=True)
 
 
-def read(file):
-    return read_runs(file) if Path(file).is_file() else []
-
-
-def summarise(lines):
-    """A row for each setting: the mean of the seeds on the held-out phrases and on the validation sentences."""
-    groups = {}
-    for line in lines:
-        groups.setdefault(json.dumps(line["settings"]), []).append(line)
-    for settings, group in groups.items():
-        changed = {k: v for k, v in json.loads(settings).items() if v != DEFAULT[k]} or "the default"
-        columns = []
-        for name in ("held-out", "validation"):
-            scores = [100 * line["results"][name]["accuracy"] for line in group]
-            columns.append(f"{name} {statistics.fmean(scores):.2f} ({min(scores):.1f} to {max(scores):.1f})")
-        print(f"{'   '.join(columns)}   n={len(group)}   {changed}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--data", default="auto")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS | LONG_PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--phrases", type=int, default=6_000)
+    parser.add_argument("--all-phrases", action="store_true", help="hold nothing out, and train on every phrase")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, with one thread each")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "sweep.jsonl"))
-    parser.add_argument("--summary", action="store_true", help="print the results file and run nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sweep.jsonl")
     args = parser.parse_args()
-    if args.summary:
-        return summarise(read(args.out))
-    rest, _ = data_of(args.data)
-    about = {"model": find_model(args.model).name, "data": rest.info.dataset_name}
-    about["trained_on"] = min(args.phrases, len(rest))
-    done, wanted = set(map(key_of, read(args.out))), {}
+    phrases, _ = data_of(args.data, args.all_phrases)
+    args.model = find_model(args.model).name
+    args.phrases = len(phrases) if args.all_phrases else min(args.phrases, len(phrases))
+    about = {"model": args.model, "data": phrases.info.dataset_name, "trained_on": args.phrases}
+    done, wanted = set(map(key_of, read_runs(args.out))) if args.out.is_file() else set(), {}
     for part, seed in itertools.product(args.parts, args.seeds):
-        for varied in PARTS[part]:
-            wanted[key_of(about | {"settings": DEFAULT | varied, "seed": seed})] = (DEFAULT | varied, seed)
+        for changed in PARTS.get(part) or LONG_PARTS[part].values():
+            wanted[key_of(about | {"settings": DEFAULT | changed, "seed": seed})] = (DEFAULT | changed, seed)
     missing = [job for key, job in wanted.items() if key not in done]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there", flush=True)
-    at_commit = commit()
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    commit()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, torch.get_num_threads() // args.processes)
-    spawn = multiprocessing.get_context("spawn")  # forked, a run could wait for a thread that it has not
+    spawn = multiprocessing.get_context("spawn")  # forked, a run could wait for a thread that it does not have
     with concurrent.futures.ProcessPoolExecutor(args.processes, spawn) as pool:
-        jobs = [pool.submit(run, *job, about["model"], args.data, args.phrases, threads) for job in missing]
+        jobs = [pool.submit(run, *job, args, threads) for job in missing]
         for number, job in enumerate(jobs, 1):  # in their order, so that the seeds of two settings can be paired
-            line = job.result() | {"commit": at_commit}
+            line = job.result() | {"commit": commit()}
             with open(args.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            accuracy = line["results"]["validation"]["accuracy"]
-            print(
-                f"{number}/{len(jobs)} {line['seconds']:.0f} s  {accuracy:.1%}  seed {line['seed']}  {line['settings']}"
-            )
-            sys.stdout.flush()
+            score, of_run = line["results"]["validation"]["accuracy"], f"seed {line['seed']}  {line['settings']}"
+            print(f"{number}/{len(jobs)} {line['seconds']:.0f} s  {score:.1%}  {of_run}", flush=True)
 
 
 if __name__ == "__main__":
