@@ -60,7 +60,6 @@ NUMBERS = {
     "2 bits' accuracy": partial(accuracy.of_method, "q-LoRA, 2 bits", "accuracy"),
     "NF4's accuracy": partial(accuracy.of_method, "q-LoRA, 4 bits, NF4 base", "accuracy"),
     "full fine-tuning's accuracy": partial(accuracy.of_method, "full fine-tuning", "accuracy"),
-    "full fine-tuning beside LoRA": partial(accuracy.seeds_without_difference, "full fine-tuning"),
     "full fine-tuning on held-out phrases": accuracy.held_out_difference,
     "LoRA ships": partial(accuracy.of_method, "LoRA", "ships"),
     "4 bits ship": partial(accuracy.of_method, "q-LoRA, 4 bits", "ships"),

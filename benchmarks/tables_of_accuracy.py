@@ -4,7 +4,7 @@ import statistics
 from functools import cache
 
 from machine import RESULTS
-from scipy.stats import binomtest, t, ttest_1samp
+from scipy.stats import binomtest, ttest_1samp
 from sweep import HEAD, LONG_PARTS
 
 from lora_lab import compare
@@ -37,13 +37,6 @@ def mean_and_range(values):
     if len(values) == 1:
         return f"{values[0]:.1f} (one run)"
     return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
-def interval(values):
-    """Return (mean, low, high): the 95 % interval of a mean of few values, by Student's t."""
-    mean, n = statistics.fmean(values), len(values)
-    half = t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
-    return mean, mean - half, mean + half
 
 
 def differences(group, plain, where):
@@ -99,23 +92,15 @@ def bytes_shipped(group):
     return group[0]["bytes"] + compare.head_bytes(runs_of("sweep"))
 
 
-def seeds_with_difference(name):
-    """Count the seeds in which McNemar's test sees a difference from LoRA: (seen, seeds)."""
-    runs = runs_of("sweep")
-    tests = compare.compare_seeds(compare.methods(runs)[name], compare.select(runs))
-    return sum(test.p < 0.05 for test in tests), len(tests)
-
-
 def accuracy_in_short():
-    rows = []
+    rows, plain = [], compare.select(runs_of("sweep"))
     for name, group in compare.methods(runs_of("sweep")).items():
         if name != "q-LoRA, 3 bits":  # as in the README's figure
-            seen, seeds = seeds_with_difference(name)
-            difference = f"seen in {seen} of {seeds} seeds" if seen else f"none seen in {seeds} seeds"
+            difference = "{:+.1f} ({:+.1f} to {:+.1f})".format(*compare.mean_difference(group, plain))
             row = [name, f"{group[0]['trained_parameters']:,}", f"{bytes_shipped(group):,}"]
             row += [f"{group[0]['held'] / 1e6:.1f}", mean_and_range(compare.accuracies(group))]
             rows.append([*row, "" if name == "LoRA" else difference])
-    header = ["method", "trained parameters", "ships, bytes", "holds, MB", "accuracy, %", "difference from LoRA"]
+    header = ["method", "trained parameters", "ships, bytes", "holds, MB", "accuracy, %", "minus LoRA, points"]
     return f"{table(header, rows)}\n\n{made_on(group)}"
 
 
@@ -131,7 +116,7 @@ def paired_differences(part):
     for name, group in of_part(part).items():
         row = [name]
         for where in SETS:
-            difference = "{:+.2f} ({:+.2f} to {:+.2f})".format(*interval(points[name][where])) if rows else ""
+            difference = "{:+.2f} ({:+.2f} to {:+.2f})".format(*compare.t_interval(points[name][where])) if rows else ""
             row += [f"{compare.mean_accuracy(group, where):.2f}", difference]
         rows.append(row)
     header = ["", *(text for title in SETS.values() for text in (title, "difference"))]
@@ -141,7 +126,7 @@ def paired_differences(part):
 def intervals_in_words(part):
     """Count the intervals of `paired_differences` that exclude 0, and correct the smallest p for their number."""
     found = [points for by_set in paired(part).values() for points in by_set.values()]
-    apart = sum(not low <= 0 <= high for _, low, high in map(interval, found))
+    apart = sum(not low <= 0 <= high for _, low, high in map(compare.t_interval, found))
     corrected = min(1, len(found) * min(ttest_1samp(points, 0).pvalue for points in found))
     words = f"Of {len(found)} intervals, {apart or 'none'} exclude{'' if apart else 's'} 0"
     return f"{words}. Corrected for the number of intervals, the smallest p is {corrected:.2f}"
@@ -177,15 +162,8 @@ def of_method(name, what):
     return f"{bytes_shipped(group) / 1e6:.2f}" if what == "ships" else f"{group[0]['held'] / 1e6:.1f}"
 
 
-def seeds_without_difference(name):
-    seen, seeds = seeds_with_difference(name)
-    return f"{seeds - seen} of {seeds}"
-
-
 def held_out_difference():
-    """Say how far full fine-tuning is above LoRA on the held-out phrases, with McNemar's p, by seed."""
+    """Say how far full fine-tuning is above LoRA on the held-out phrases, with the 95 % interval."""
     runs = runs_of("sweep")
-    full, plain = compare.full_fine_tuning(runs), compare.select(runs)
-    points = ", ".join(f"{point:+.1f}" for point in differences(full, plain, "held-out"))
-    p = ", ".join(f"{test.p:.2f}" for test in compare.compare_seeds(full, plain, "held-out"))
-    return f"{points} points by seed (McNemar's p: {p})"
+    found = compare.mean_difference(compare.full_fine_tuning(runs), compare.select(runs), "held-out")
+    return "{:.1f} points (95 % interval {:.1f} to {:.1f})".format(*found)

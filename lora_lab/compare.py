@@ -206,18 +206,23 @@ def compare_seeds(first: list[dict], second: list[dict], where: str = "validatio
 def mean_difference(first: list[dict], second: list[dict], where: str = "validation") -> tuple[float, float, float]:
     """Return the mean over seeds of first minus second, in points of accuracy, and its 95 % interval.
 
-    The interval is Student's t of the paired differences. It covers the seeds, and not the choice of sentences.
-
     Args:
         first, second: the runs of two settings, with the same seeds in the same order.
         where: the sentences to compare on, "validation" or "held-out".
     """
     pairs = zip(accuracies(first, where), accuracies(second, where), strict=True)
-    differences = [one - other for one, other in pairs]
-    mean, n = statistics.fmean(differences), len(differences)
+    return t_interval([one - other for one, other in pairs])
+
+
+def t_interval(values: list[float]) -> tuple[float, float, float]:
+    """Return the mean of a few values and its 95 % interval, by Student's t.
+
+    For differences between seeds, the interval covers the seeds, and not the choice of sentences.
+    """
+    mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return mean, -math.inf, math.inf
-    half = t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
+    half = t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
     return mean, mean - half, mean + half
 
 
