@@ -1,9 +1,9 @@
 # make run        install, execute both notebooks into outputs/, print their accuracies
 # make lab        the same environment in JupyterLab
 # make bench      measure speed and memory beside the peers, and write the tables; it takes long, and wants the machine for itself
-# make test       the default tests; make test-all adds the slow ones; make lint checks style
+# make test       the default tests; make test-all adds the slow ones; make lint checks style and the lessons' size
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 NOTEBOOKS ?= LoRA_implementation.ipynb qLoRA_implementation.ipynb
 
@@ -22,6 +22,7 @@ test-all: $(VENV)/installed-tests
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_lesson.py
 
 # Where an instruction set is missing, the script says so and goes on. SST2_DIR=folder make bench takes SST-2.
 bench: $(VENV)/installed-tests

@@ -734,14 +734,16 @@ class _ComputeFormat(NamedTuple):
 def detect_compute_format() -> _ComputeFormat:
     """Return what this machine computes in fastest: (dtype, attention, int8).
 
-    dtype: of the frozen weights. It is bfloat16 if the machine multiplies in bfloat16, and float32 in all other cases.
+    dtype: of the frozen weights. It is bfloat16 if the machine multiplies in bfloat16. It is float16 on older GPUs with
+        tensor cores, such as the T4. It is float32 in all other cases.
     attention: as transformers names it. It is "eager" on a CPU, where fused attention has a slow bfloat16 backward.
     int8: the kernel that multiplies 8-bit integers in `QuantizedLinear`. It is "onednn" on CPUs with VNNI and "fbgemm"
         on others with AVX2. It is None on GPUs, on ARM and with AMX, where the product is exact.
     """
     if torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return _ComputeFormat(torch.bfloat16 if bf16 else torch.float32, "sdpa", int8=None)
+        half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        has_tensor_cores = torch.cuda.get_device_capability() >= (7, 0)
+        return _ComputeFormat(half if has_tensor_cores else torch.float32, "sdpa", int8=None)
     features = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     features &= set(_ISA_FEATURES.get(cap, features))
@@ -868,7 +870,7 @@ class LoRABertModel(nn.Module):
         rank, alpha, dropout, use_rslora: of every `LoRALayer`.
         target_modules: as in PEFT (see `match_targets`). "all-linear" includes the pooler's layer.
         num_labels: the number of classes.
-        dtype: of the frozen weights. None takes bfloat16 if the machine computes in it, otherwise float32.
+        dtype: of the frozen weights. None takes the one that `detect_compute_format` returns.
 
     `forward` takes no `inputs_embeds`, `position_ids`, `output_*` or `return_dict`. It skips hooks on `model.bert`,
     the encoder, the last block, its attention and the layers' bases. `self.model(...)` skips only the bases'.

@@ -6,13 +6,15 @@ trains on all training phrases and evaluates on the 872 validation sentences. Wi
 whole training sentences instead, and trains on what is left without them and without any phrase of theirs: settings
 are chosen there, never on the 872. With --both it holds out 2,000 training phrases, those of some two hundred whole
 sentences, trains on all others, and evaluates on the 872 and on the 2,000, one line each.
-With --method qlora A and B are quantised, and with --base-bits the frozen weights too.
+With --method qlora A and B are quantised, and with --base-bits the frozen weights too. With --method head the head
+alone is trained to its end (`lora_lab/baseline.py`). Nothing is drawn then, so one seed is enough: --seeds 0.
 Each line holds seed, settings, commit and the label given to every sentence.
 `--summary` prints the lines of a results file, one row a setting, and draws them; quantised runs as differences from
 unquantised LoRA under the same seed, with the 95 % interval of their mean.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -31,10 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lora_utils  # noqa: E402  (the project is a folder, not a package)
-from lora_lab import training  # noqa: E402
+from lora_lab import baseline, training  # noqa: E402
+from lora_lab.compare import HEAD_METHODS  # noqa: E402
 from lora_lab.sources import find_model, load_sst2  # noqa: E402
 
 HELD_OUT = 2_000
+FEATURES_OF = {method: features for features, method in HEAD_METHODS.items()}  # of the head alone
 SETTINGS = {
     *("method", "rank", "alpha", "dropout", "backbone_dropout", "targets"),
     *("learning_rate", "epochs", "batch_size", "warmup", "bits", "base_bits"),
@@ -83,7 +87,7 @@ def build_model(args, seed):
         model = lora_utils.qLoRABertModel(checkpoint.name, bits=args.bits, base_bits=args.base_bits, **options)
     else:
         model = lora_utils.LoRABertModel(checkpoint.name, **options)
-    if args.method == "head":  # A and B stay as they start, which is the model without them
+    if args.method.startswith("head"):  # A and B stay as they start, which is the model without them
         for layer in model.lora_layers().values():
             layer.requires_grad_(False)
     if args.backbone_dropout:
@@ -131,23 +135,30 @@ def run(args, train_split, tests, seed):
         if isinstance(module, lora_utils.QuantizedLinear):
             module.int8_arithmetic = args.int8_arithmetic
     loader = lora_utils.make_loader(train_split, tokenizer, args.batch_size, shuffle=True, seed=seed)
+    settings = {key: value for key, value in vars(args).items() if key in SETTINGS}
     start = time.perf_counter()
-    loss = train(model, loader, args.epochs, args.learning_rate, args.warmup)
+    if args.method in FEATURES_OF:
+        settings = dict.fromkeys(settings) | {"method": args.method}  # the others do not apply
+        head, loss = baseline.train_head(model, loader, FEATURES_OF[args.method]), None
+        evaluate = functools.partial(baseline.evaluate_head, head=head, features=FEATURES_OF[args.method])
+    else:
+        loss = round(train(model, loader, args.epochs, args.learning_rate, args.warmup), 4)
+        evaluate = lora_utils.evaluate
     seconds = time.perf_counter() - start
     if args.adapters:
         model.save_pretrained(Path(args.adapters) / str(seed))
     for evaluated_on, test_split in tests.items():
-        result = lora_utils.evaluate(model, lora_utils.make_loader(test_split, tokenizer, batch_size=64))
+        result = evaluate(model, lora_utils.make_loader(test_split, tokenizer, batch_size=64))
         yield {
             "model": model.model_name,
             "data": train_split.info.dataset_name,
             "evaluated_on": evaluated_on,
-            "settings": {key: value for key, value in vars(args).items() if key in SETTINGS},
+            "settings": settings,
             "seed": seed,
             "int8_arithmetic": args.int8_arithmetic,
             "trained_on": len(train_split),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "train_loss": round(loss, 4),
+            "train_loss": loss,
             "accuracy": result.accuracy,
             "low": result.low,
             "high": result.high,
@@ -181,8 +192,8 @@ def machine(frozen_dtype):
 
 def name_of(settings):
     """What a run trained, in words."""
-    if settings["method"] == "head":
-        return "head only"
+    if settings["method"] in FEATURES_OF:
+        return "head alone, " + FEATURES_OF[settings["method"]].replace("pooled", "pooled output")
     targets = settings["targets"] if isinstance(settings["targets"], str) else " and ".join(settings["targets"])
     if settings["method"] == "qlora":
         base = f", base in {settings['base_bits']} bits" if settings["base_bits"] else ""
@@ -205,8 +216,8 @@ def summarise(file):
     for (where, settings), group in sorted(groups.items()):
         s, scores = json.loads(settings), [100 * line["accuracy"] for line in group]
         knobs = ("alpha", "dropout", "backbone_dropout", "learning_rate", "epochs", "batch_size")
-        rest = ", ".join(f"{key} {s[key]:g}" for key in knobs)
-        print(f"{where}: {name_of(s)} ({group[0]['trained_parameters']:,} trained; {rest})")
+        rest = ", ".join(f"{key} {s[key]:g}" for key in knobs if s[key] is not None)
+        print(f"{where}: {name_of(s)} ({group[0]['trained_parameters']:,} trained; {rest or 'until it has converged'})")
         print(f"    mean {statistics.fmean(scores):.2f}, seeds {' '.join(f'{score:.2f}' for score in scores)}")
         if where == "validation":
             drawn.append((f"{name_of(s)}\n{group[0]['trained_parameters']:,} trained", scores, s["method"]))
@@ -242,39 +253,51 @@ def draw_differences(differences, line, file):
     """A panel for each set of sentences, a row for each setting: each seed's difference, their mean and interval."""
     import matplotlib.pyplot as plt
 
+    plt.rc("figure.constrained_layout", use=True)
     sets = sorted({where for where, *_ in differences}, reverse=True)
-    fig, axes = plt.subplots(1, len(sets), figsize=(8.5, 3.2), dpi=96, sharey=True, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(sets), figsize=(8.5, 3.4), sharex=True, sharey=True, squeeze=False)
+    intervals = []
     for ax, where in zip(axes[0], sets):
         rows = {key[1:]: list(seeds.values()) for key, seeds in differences.items() if key[0] == where}
         labels = [f"{bits} bits" + (f", base in {base_bits}" if base_bits else "") for bits, base_bits in rows]
         for y, ((bits, base_bits), values) in enumerate(rows.items()):
             mean, low, high = interval(values)
+            intervals.append((mean, low, high))
             colour, marker = ("#009e73", "s") if base_bits else ("#d55e00", "o")
             print(f"{where}: A and B in {bits} bits, base {base_bits}: {mean:+.2f} points ({low:+.2f} to {high:+.2f})")
-            ax.plot(values, [y] * len(values), marker, color=colour, alpha=0.35, markersize=5)
+            ax.plot(values, [y] * len(values), marker, color=colour, alpha=0.5, markersize=5)
             ax.errorbar(mean, y - 0.22, xerr=[[mean - low], [high - mean]], fmt=marker, color=colour, capsize=3)
         ax.axvline(0, color="#0072b2", linewidth=1)
         ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.6, -0.6), title=where)
-        ax.set_xlabel("points of accuracy above\nunquantised LoRA")
+        ax.set_xlabel("difference from LoRA, points (95 % interval)")
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     count = max(map(len, differences.values()))
-    fig.suptitle(f"{line['model']}, {line['data']}, rank {line['settings']['rank']}, {count} paired seeds", fontsize=10)
-    fig.savefig(file)
+    means = [mean for mean, _, _ in intervals]
+    clear = sum(not low <= 0 <= high for _, low, high in intervals)
+    title = f"Mean differences: {min(means):+.2f} to {max(means):+.2f} points; {clear} of {len(means)} intervals"
+    title += " exclude 0"
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    source = f"{line['model']}, {line['data']}, rank {line['settings']['rank']}, {count} paired seeds"
+    fig.supxlabel(source, x=0.99, ha="right", fontsize=8.5, color="#555555")
+    fig.savefig(file, dpi=192)
 
 
 def draw(rows, line, file):
     """One row a method, one mark a seed."""
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.55 * len(rows)), dpi=96, layout="constrained")
+    fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.55 * len(rows)), dpi=192, layout="constrained")
     for y, (_, scores, method) in enumerate(rows):
-        colour, marker = {"head": ("#e69f00", "D"), "lora": ("#0072b2", "o")}[method]
+        colour, marker = ("#0072b2", "o") if method == "lora" else ("#e69f00", "D")
         mean = statistics.fmean(scores)
         ax.plot(scores, [y] * len(scores), marker, color=colour, alpha=0.6, markersize=6)
         ax.plot([mean] * 2, [y - 0.25, y + 0.25], color=colour)
         ax.text(mean, y + 0.28, f"{mean:.1f}", ha="center", va="bottom", fontsize=9)
     ax.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], ylim=(-0.5, len(rows) - 0.3))
+    label, scores, _ = max(rows, key=lambda row: statistics.fmean(row[1]))
+    title = f"The highest mean: {label.partition(chr(10))[0]}, {statistics.fmean(scores):.1f} %"
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     ax.set_xlabel(f"accuracy on the 872 validation sentences, %, by seed and mean\n{line['model']}, {line['data']}")
     ax.grid(axis="x", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
@@ -285,7 +308,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--data", default="auto")
-    parser.add_argument("--method", choices=["lora", "qlora", "head"], default="lora")
+    parser.add_argument("--method", choices=["lora", "qlora", *FEATURES_OF], default="lora")
     parser.add_argument("--bits", type=int, help="of A and B, with --method qlora")
     parser.add_argument("--base-bits", type=int, help="of the frozen weights, with --method qlora")
     parser.add_argument("--int8-arithmetic", choices=["onednn", "fbgemm"], help="else the exact products")

@@ -72,7 +72,7 @@ def grow(rounds):
 def draw(result, file):
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 3, figsize=(8.5, 4.6), dpi=96, layout="constrained", sharex="col")
+    fig, axes = plt.subplots(2, 3, figsize=(8.5, 4.6), dpi=160, layout="constrained", sharex="col")
     for column, (what, lines) in enumerate(result["growth"].items()):
         for name, points in lines.items():
             colour, marker, style = STYLE[name]
@@ -92,11 +92,15 @@ def draw(result, file):
     axes[0, 0].set_ylabel("seconds a step")
     axes[1, 0].set_ylabel("peak, MB above\nthe libraries")
     axes[0, 0].legend(frameon=False, loc="lower left")
+    ours, theirs = lines  # of the last column
+    ends = [lines[name][str(at[-1])] for name in (ours, theirs)]
+    time = statistics.median(ends[0]["seconds"]) / statistics.median(ends[1]["seconds"])
+    memory = ends[0]["peak"] / ends[1]["peak"]
+    title = f"At {at[-1]} {what}, {ours} takes {time:.2f} of the time of {theirs}, and {memory:.2f} of its memory"
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     machine = result["machine"]
-    fig.suptitle(
-        f"{result['model']}, 32 sentences, {machine['device']}, {result['arithmetic']}, {machine['frozen_dtype']}",
-        fontsize=10,
-    )
+    source = f"{result['model']}, 32 sentences, {machine['device']}, {result['arithmetic']}, {machine['frozen_dtype']}"
+    fig.supxlabel(source, x=0.99, ha="right", fontsize=8.5, color="#555555")
     fig.savefig(file)
 
 

@@ -21,8 +21,7 @@ from speed import TRAINING
 
 from lora_lab.ledger import memory_ledger
 
-LEFT_OUT = {"full fine-tuning, in our batches", "the frozen products alone"}
-LEFT_OUT |= {"PEFT, NF4 base, tuned", "PEFT, int8 base, tuned"}
+LEFT_OUT = {"the frozen products alone", "PEFT, NF4 base, tuned", "PEFT, int8 base, tuned"}
 WAYS = {name: way for name, way in TRAINING.items() if name not in LEFT_OUT}
 
 

@@ -1,377 +1,139 @@
-"""Write the tables of accuracy, speed and memory into README.md and the notebooks, from benchmarks/results.
+"""Write the tables and numbers of README.md, benchmarks/README.md and the notebooks, from benchmarks/results.
 
     python benchmarks/report.py             write them
-    python benchmarks/report.py --check     write nothing; name what would change, and end with 1 if anything would
+    python benchmarks/report.py --check     write nothing, name what would change, and end with 1 if anything would
 
-A table stands between `<!-- name -->` and `<!-- /name -->`. `TABLES` below has the names. The README's figure,
-whole.png, is drawn from the sweep.
+A table or a number stands between `<!-- name -->` and `<!-- /name -->`, in any of these files. `TABLES` and `NUMBERS`
+below hold the names. A name that stands in no file is an error. The README's figure, whole.png, is drawn from the
+sweep.
 """
 
 import argparse
+import functools
 import hashlib
-import json
-import statistics
+import re
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
-import sweep
-from accuracy import interval
+import tables_of_accuracy as accuracy
+import tables_of_speed as speed
 from PIL import Image
 
 from lora_lab import compare, figures
-from lora_lab.rounding import WAYS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "speed"
-FILES = ["README.md", "LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
-
-# The kinds of machine that results are filed under, and how a reader knows them.
-MACHINES = {
-    "cuda": "a GPU (H100), bfloat16",
-    "amx_bf16": "AMX, bfloat16",
-    "avx512_bf16": "AVX512_BF16, bfloat16",
-    "avx512_core_bf16": "AVX512_CORE_BF16, bfloat16",
-    "avx512_core_vnni": "AVX512_CORE_VNNI, float32",
-    "avx2_vnni": "AVX2_VNNI, float32",
-    "avx2": "AVX2, float32",
-}
-MODELS = {"bert-base": "BERT-base's shape", "packaged": "the 6-layer BERT"}
-
-
-def results(part, models=MODELS):
-    """{(model, machine): result} of those that there are: machines that are known first, in their order."""
-    found = {}
-    for model in models:
-        names = [file.stem.removeprefix(f"{part}-{model}-") for file in RESULTS.glob(f"{part}-{model}-*.json")]
-        for machine in sorted(names, key=[*MACHINES, *sorted(names)].index):
-            found[model, machine] = json.loads((RESULTS / f"{part}-{model}-{machine}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value):
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def spread(values):
-    median, low, high = values
-    return f"{number(median)} ({number(low)} to {number(high)})"
-
-
-def made_on(found):
-    """One sentence: machine class, versions, data, rounds."""
-    words = "{device} ({cpu}), torch {torch}, transformers {transformers}, peft {peft}, bitsandbytes {bitsandbytes}"
-    said = dict.fromkeys(words.format(**result["machine"]) + f"; {result['data']}" for result in found.values())
-    rounds = sorted({str(result["rounds"]) for result in found.values() if "rounds" in result})
-    return "Made on " + "; and on ".join(said) + (f"; {' or '.join(rounds)} rounds." if rounds else ".")
-
-
-def missing(found):
-    measured = {machine for _, machine in found}
-    names = [name.partition(",")[0] for key, name in MACHINES.items() if key not in measured | {"avx512_core_bf16"}]
-    if not names:
-        return ""
-    return f" Not in this table: {', '.join(names)}. `make bench` measures what it runs on."
-
-
-def columns(found):
-    """Name model and machine of each result, and say where a CPU was held to an older instruction set."""
-    held = " (a CPU held to it)"
-    return [
-        f"{MODELS[model]}, {MACHINES.get(machine, machine)}{held if result.get('held_to') else ''}"
-        for (model, machine), result in found.items()
-    ]
-
-
-def shown(name):
-    """Name the bits of A and B. A name without bits means 8."""
-    return name if "bits" in name else name.replace("q-LoRA", "q-LoRA, 8 bits")
-
-
-def ratios(part):
-    """A row a ratio, a column a machine: medians with quartiles."""
-    found = results(part)
-    cells = {}
-    for key, result in found.items():
-        for entry in result["ratios"]:
-            cells.setdefault(f"{shown(entry['over'])} ÷ {shown(entry['under'])}", {})[key] = spread(entry["ratio"])
-    rows = [[name, *(cells[name].get(key, "") for key in found)] for name in cells]
-    header = ["ratio of sentences a second, median (quartiles)", *columns(found)]
-    return f"{table(header, rows)}\n\n{made_on(found)}{missing(found)}"
-
-
-def ablation():
-    """A row a technique: what it gives on top of the row before, and all together so far."""
-    found = results("ablation")
-    names = list(dict.fromkeys(name for result in found.values() for name in result["sentences_a_second"]))
-    rows = []
-    for name in names:
-        row = [name]
-        for result in found.values():
-            rates = result["sentences_a_second"]
-            first = next(iter(rates))
-            gain = {entry["over"]: spread(entry["ratio"]) for entry in result["ratios"][:-1]}.get(name, "")
-            so_far = name in rates and statistics.median(a / b for a, b in zip(rates[name], rates[first], strict=True))
-            row += [gain, number(so_far) if name in rates else ""]
-        rows.append(row)
-    header = ["one thing more a row"]
-    for column in columns(found):
-        header += [f"{column}: gain", "so far"]
-    return f"{table(header, rows)}\n\n{made_on(found)}{missing(found)}"
-
-
-def where_q_lora_is_faster():
-    """q-LoRA beside LoRA by machine, for a training step and for predictions: faster, slower, or neither."""
-    parts = {"training": "training step", "inference-batches-of-32": "prediction, batches of 32"}
-    parts |= {"inference-one-sentence": "prediction, one sentence"}
-    found = {part: results(part) for part in parts}
-    machines = {key: result for of_part in found.values() for key, result in of_part.items()}
-    rows = []
-    for name in ("q-LoRA", "q-LoRA, NF4 base"):
-        for part, title in parts.items():
-            cells = []
-            for key in machines:
-                rates = found[part].get(key, {}).get("sentences_a_second", {})
-                ours = rates.get(name) or rates.get(f"{name}, packed", [])
-                of_rounds = [a / b for a, b in zip(ours, rates.get("LoRA", []), strict=True)]
-                if of_rounds:
-                    low, median, high = statistics.quantiles(of_rounds, n=4, method="inclusive")
-                    cells.append(f"{spread((median, low, high))}, {verdict(low, high)}")
-                else:
-                    cells.append("")
-            rows.append([shown(name), title, *cells])
-    header = ["÷ LoRA", "of what", *columns(machines)]
-    return f"{table(header, rows)}\n\n{made_on(found['training'])}{missing(found['training'])}"
-
-
-def integer_products():
-    """Tabulate q-LoRA on an int8 base over LoRA, one row per model and machine."""
-    parts = {"training": "training step", "inference-batches-of-32": "predictions, batches of 32"}
-    parts |= {"inference-one-sentence": "predictions, one sentence"}
-    eight, four, ao = "q-LoRA, int8 base", "q-LoRA, 4 bits, int8 base", "torch.ao, dynamic int8"
-    found = {part: results(f"integers-{part}") for part in parts}
-    rows = []
-    for key, label in zip(found["training"], columns(found["training"]), strict=True):
-        row = [label]
-        for part in parts:
-            entries = found[part][key]["ratios"] if key in found[part] else []
-            of_part = {(entry["over"], entry["under"]): spread(entry["ratio"]) for entry in entries}
-            row += [of_part.get((eight, "LoRA"), ""), of_part.get((four, "LoRA"), "")]
-            if part != "training":
-                row.append(of_part.get((eight, ao), ""))
-        rows.append(row)
-    header = ["int8 base ÷ LoRA, A and B in 8 or 4 bits", *(f"{parts['training']}, {bits}" for bits in (8, 4))]
-    for title in list(parts.values())[1:]:
-        header += [f"{title}, 8", f"{title}, 4", "8 ÷ `torch.ao`"]
-    return f"{table(header, rows)}\n\n{ranges_without_amx(found)}\n\n{made_on(found['training'])}"
-
-
-def ranges_without_amx(found):
-    """Say between which ratios q-LoRA on an int8 base lies, in {part: {(model, machine): result}}."""
-    over_lora, over_ao = {}, []
-    for part, results_of_part in found.items():
-        for (_, machine), result in results_of_part.items():
-            for entry in result["ratios"]:
-                ratio = entry["ratio"][0]
-                if entry["under"] == "LoRA" and "int8 base" in entry["over"] and "amx" not in machine:
-                    over_lora.setdefault(part, []).append(ratio)
-                if entry["under"].startswith("torch.ao"):
-                    over_ao.append(ratio)
-    training, batches, one = (f"{number(min(values))} to {number(max(values))}" for values in over_lora.values())
-    faster = sum(ratio < 1 for ratio in over_ao)
-    return (
-        f"Without AMX: {training} in training, {batches} in batches, {one} for one sentence. "
-        f"`torch.ao`, which cannot train, predicts faster in {faster} of {len(over_ao)} cases."
-    )
-
-
-def integer_products_on_a_gpu():
-    """Tabulate the speed of both integer products over bfloat16's, one row per size."""
-    result = json.loads((RESULTS / "int8-gpu.json").read_text(encoding="utf-8"))
-    ways = ["int8, products only", "int8, fused", "int8"]
-    rows = []
-    for size in result["found"]:
-        if size["launched"] == "as a graph":
-            speeds = [spread(size["times as fast as bfloat16"][way]) for way in ways]
-            rows.append([f"{size['out']} x {size['in']}, {size['rows']:,} rows", *speeds])
-    header = ["weight", "products only", "with rounding, compiled", "with rounding"]
-    words = "Made on {device}, torch {torch}; {rounds} rounds, as CUDA graphs (`benchmarks/int8_gpu.py`)."
-    return f"{table(header, rows)}\n\n{words.format(**result['machine'], rounds=result['rounds'])}"
-
-
-def verdict(low, high):
-    return "**faster**" if low > 1 else "**slower**" if high < 1 else "no difference seen"
-
-
-def memory():
-    found = results("memory")
-    if not found:
-        return "Not measured yet."
-    names = list(next(iter(found.values()))["bytes"])
-    rows = []
-    for name in names:
-        row = [shown(name)]
-        for result in found.values():
-            if name not in result["bytes"]:
-                row += ["", "", ""]
-                continue
-            of_name, peft = result["bytes"][name], result["bytes"]["PEFT"]["peak"]
-            ledger = f"{of_name['ledger'] / 1e6:.0f}" if "ledger" in of_name else ""
-            row += [f"{of_name['peak'] / 1e6:.0f}", f"{of_name['peak'] / peft:.2f}", ledger]
-        rows.append(row)
-    header = ["megabytes above the libraries"]
-    for column in columns(found):
-        header += [f"{column}: peak", "of PEFT's", "ledger"]
-    return f"{table(header, rows)}\n\n{made_on(found)}"
-
-
-def growth():
-    alt = "Seconds a step and peak memory against rank, tokens in a sentence and layers: LoRA and PEFT"
-    lines = []
-    for (model, machine), result in results("growth").items():
-        figure = f"![{alt}](benchmarks/results/speed/growth-{model}-{machine}.png)"
-        times = f"A step at rank 64 takes {spread(result['rank 64 over rank 1'])} times as long as one at rank 1"
-        rounds = len(result["growth"]["rank"]["LoRA"]["64"]["seconds"])
-        about = f"{MODELS[model]}, 32 sentences of 16 tokens, {result['machine']['device']}"
-        lines.append(f"{figure}\n\n{times} ({about}, {MACHINES.get(machine, machine)}, {rounds} rounds).")
-    return "\n\n".join(lines) or "Not measured yet."
-
-
-BITS_OF_KERNEL = {"onednn": "8 bits, oneDNN", "fbgemm": "7 bits, FBGEMM"}
-
-
-def int8_runs():
-    """{(kernel, evaluated on): [(accuracy of exact products, of integer products, other labels, sentences)]}."""
-    by_seed = {}
-    for line in compare.read_runs(RESULTS.parent / "int8_trained.jsonl"):
-        by_seed.setdefault((line["evaluated_on"], line["seed"]), {})[line["int8_arithmetic"]] = line
-    found = {}
-    for kernel in BITS_OF_KERNEL:
-        for (where, _), runs in sorted(by_seed.items()):
-            exact, rounded = runs[None], runs[kernel]
-            others = sum(a != b for a, b in zip(exact["predictions"], rounded["predictions"], strict=True))
-            found.setdefault((kernel, where), []).append((exact["accuracy"], rounded["accuracy"], others, exact["n"]))
-    return found
-
-
-def int8_accuracy():
-    rows = []
-    for (kernel, where), runs in int8_runs().items():
-        exact, rounded, others, sentences = zip(*runs)
-        mean, low, high = interval([100 * (b - a) for a, b in zip(exact, rounded)])
-        cells = [f"{100 * statistics.fmean(exact):.2f}", f"{100 * statistics.fmean(rounded):.2f}"]
-        cells += [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", f"{sum(others):,} of {sum(sentences):,}"]
-        rows.append([BITS_OF_KERNEL[kernel], f"{sentences[0]:,} {where}", str(len(runs)), *cells])
-    header = ["activations and gradients", "evaluated on", "seeds", "exact products, %", "integer products, %"]
-    header += ["difference, points (95 % interval)", "other label"]
-    line = compare.read_runs(RESULTS.parent / "int8_trained.jsonl")[0]
-    about = f"{line['model']}, {line['data']}, one epoch of {line['trained_on']:,} phrases, A and B in 8 bits"
-    return f"{table(header, rows)}\n\n{about}, float32, torch {line['machine']['torch']} (`benchmarks/accuracy.py`)."
-
-
-def sweep_runs():
-    return compare.read_runs(RESULTS.parent / "sweep.jsonl")
-
-
-def mean_and_range(values):
-    return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
-def sweep_made_on(runs):
-    group = compare.select(runs)
-    first, machine = group[0], group[0]["machine"]
-    words = f"{first['model']}, {first['data']}, one epoch of {first['trained_on']:,} phrases, {len(group)} seeds"
-    where = f"one thread a run of a CPU with {machine['isa']}, {machine['frozen_dtype']}, torch {machine['torch']}"
-    return f"Mean and range of the seeds, in %; {words}; made on {where} (`benchmarks/sweep.py`)."
-
-
-def accuracy_by_rank():
-    runs = sweep_runs()
-    ranks = [varied["rank"] for varied in sweep.PARTS["rank"] if varied["rank"]]
-    groups = {"head only": compare.head_only(runs)}
-    groups |= {f"LoRA, rank {rank}": compare.select(runs, rank=rank) for rank in ranks}
-    groups["full fine-tuning"] = compare.full_fine_tuning(runs)
-    rows = [
-        [
-            *(name, f"{group[0]['trained_parameters']:,}", f"{group[0]['settings']['learning_rate']:g}"),
-            *(mean_and_range(compare.accuracies(group, where)) for where in ("validation", "held-out")),
-        ]
-        for name, group in groups.items()
-    ]
-    header = ["trained", "parameters", "learning rate", "872 validation sentences", "2,000 held-out phrases"]
-    return f"{table(header, rows)}\n\n{sweep_made_on(runs)}"
-
-
-def accuracy_by_bits():
-    ways = dict(zip(WAYS, ("to the largest", "half steps", "A and B together"), strict=True))
-    runs, rows = sweep_runs(), []
-    plain = compare.select(runs)
-    for bits in (8, 4, 3, 2):
-        after = [mean_and_range([100 * x["rounded"][way][str(bits)]["accuracy"] for x in plain]) for way in ways]
-        through = compare.select(runs, method="qlora", bits=bits)
-        rows.append([str(bits), mean_and_range(compare.accuracies(through)), *after])
-    rows.append(["not quantised", mean_and_range(compare.accuracies(plain)), "", "", ""])
-    header = ["bits", "trained through", *(f"afterwards, {name}" for name in ways.values())]
-    return f"{table(header, rows)}\n\n{sweep_made_on(runs)}"
-
-
-def accuracy_by_bytes():
-    runs = sweep_runs()
-    groups = {"head only": compare.head_only(runs), "LoRA": (plain := compare.select(runs))}
-    groups |= {f"q-LoRA, {bits} bits": compare.select(runs, method="qlora", bits=bits) for bits in (8, 4, 3, 2)}
-    for base_bits, name in ((8, "int8"), (4, "NF4")):
-        groups[f"q-LoRA, 4 bits, {name} base"] = compare.select(runs, method="qlora", bits=4, base_bits=base_bits)
-    groups["full fine-tuning"] = compare.full_fine_tuning(runs)
-    head, rows = 4 * groups["head only"][0]["trained_parameters"], []
-    for name, group in groups.items():
-        tests = compare.compare_seeds(group, plain) if group is not plain else []
-        p = ", ".join(f"{test.p:.2g}" for test in tests)
-        sizes = f"{group[0]['bytes'] + head:,}", f"{group[0]['held'] / 1e6:.1f}"
-        rows.append([name, *sizes, mean_and_range(compare.accuracies(group)), p])
-    header = ["method", "ships, bytes", "holds, MB", "872 validation sentences", "McNemar's p against LoRA, by seed"]
-    return f"{table(header, rows)}\n\n{sweep_made_on(runs)}"
-
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = ["README.md", "benchmarks/README.md", "LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 
 TABLES = {
-    "accuracy by rank": accuracy_by_rank,
-    "accuracy by bits": accuracy_by_bits,
-    "accuracy by bytes": accuracy_by_bytes,
-    "training speed": lambda: ratios("training"),
-    "prediction speed, one sentence": lambda: ratios("inference-one-sentence"),
-    "prediction speed, batches of 32": lambda: ratios("inference-batches-of-32"),
-    "where the speed comes from": ablation,
-    "where q-LoRA is faster": where_q_lora_is_faster,
-    "integer products": integer_products,
-    "integer products on a GPU": integer_products_on_a_gpu,
-    "memory of a training run": memory,
-    "growth with rank": growth,
-    "accuracy of int8 arithmetic": int8_accuracy,
+    "accuracy in short": accuracy.accuracy_in_short,
+    "accuracy by bytes": accuracy.accuracy_by_bytes,
+    "accuracy by rank": accuracy.accuracy_by_rank,
+    "accuracy by bits": accuracy.accuracy_by_bits,
+    "accuracy with all phrases": accuracy.accuracy_with_all_phrases,
+    "accuracy of five seeds": accuracy.accuracy_of_five_seeds,
+    "rounding after training": accuracy.rounding_after_training,
+    "accuracy of int8 arithmetic": accuracy.int8_accuracy,
+    "speed and memory in short": speed.speed_and_memory_in_short,
+    "speed in short": speed.speed_in_short,
+    "training speed": lambda: speed.ratios("training"),
+    "where the speed comes from": speed.ablation,
+    "prediction speed, batches of 32": lambda: speed.ratios("inference-batches-of-32"),
+    "prediction speed, one sentence": lambda: speed.ratios("inference-one-sentence"),
+    "integer products": speed.integer_products,
+    "integer products beside torch.ao": speed.integer_products_beside_torch_ao,
+    "integer products on a GPU": speed.integer_products_on_a_gpu,
+    "where q-LoRA is faster": speed.where_q_lora_is_faster,
+    "memory in short": speed.memory_in_short,
+    "memory of a training run": speed.memory,
+    "memory by ledger": speed.memory_by_ledger,
+    "bytes of BERT-base": speed.bytes_of_bert_base,
+    "growth with rank": speed.growth,
 }
+INT8, NF4, AMX, GPU = speed.INT8_BASE, "q-LoRA, NF4 base", ["AMX"], ["GPU (H100)"]
+BATCHES, ONE = "inference-batches-of-32", "inference-one-sentence"
+NUMBERS = {
+    "BERT-base's parameters": speed.parameters_of_bert_base,
+    "6-layer parameters": accuracy.parameters_of_the_6_layers,
+    "bytes of states": accuracy.megabytes_of_states,
+    "LoRA's accuracy": lambda: accuracy.accuracy_of("LoRA"),
+    "4 bits' accuracy": lambda: accuracy.accuracy_of("q-LoRA, 4 bits"),
+    "2 bits' accuracy": lambda: accuracy.accuracy_of("q-LoRA, 2 bits"),
+    "NF4's accuracy": lambda: accuracy.accuracy_of("q-LoRA, 4 bits, NF4 base"),
+    "full fine-tuning's accuracy": lambda: accuracy.accuracy_of("full fine-tuning"),
+    "full fine-tuning beside LoRA": lambda: accuracy.seeds_without_difference("full fine-tuning"),
+    "full fine-tuning on held-out phrases": accuracy.held_out_difference,
+    "LoRA ships": lambda: accuracy.megabytes_shipped("LoRA"),
+    "4 bits ship": lambda: accuracy.megabytes_shipped("q-LoRA, 4 bits"),
+    "full fine-tuning ships": lambda: accuracy.megabytes_shipped("full fine-tuning"),
+    "LoRA holds": lambda: accuracy.megabytes_held("LoRA"),
+    "int8 base holds": lambda: accuracy.megabytes_held("q-LoRA, 4 bits, int8 base"),
+    "NF4 base holds": lambda: accuracy.megabytes_held("q-LoRA, 4 bits, NF4 base"),
+    "doubt near 82 %": lambda: accuracy.half_width(82),
+    "doubt near 87 %": lambda: accuracy.half_width(87),
+    "five seeds in words": accuracy.five_seeds_in_words,
+    "int8 intervals with 0": accuracy.int8_intervals_with_0,
+    "faster than PEFT, CPUs": lambda: speed.span("training", "LoRA", "PEFT"),
+    "faster than PEFT, GPU": lambda: speed.span("training", "LoRA", "PEFT", GPU),
+    "faster than tuned PEFT, CPUs": lambda: speed.span("training", "LoRA", "PEFT, tuned"),
+    "faster than tuned PEFT, GPU": lambda: speed.span("training", "LoRA", "PEFT, tuned", GPU),
+    "faster than full fine-tuning, CPUs": lambda: speed.span("training", "LoRA", speed.FULL),
+    "faster than full fine-tuning, GPU": lambda: speed.span("training", "LoRA", speed.FULL, GPU),
+    "int8 base, training": lambda: speed.span("training", INT8),
+    "int8 base, training, AMX": lambda: speed.span("training", INT8, classes=AMX),
+    "int8 base, training, GPU": lambda: speed.span("training", INT8, classes=GPU),
+    "int8 base, batches": lambda: speed.span(BATCHES, INT8),
+    "int8 base, one sentence": lambda: speed.span(ONE, INT8),
+    "A and B in 8 bits, training": lambda: speed.span("training", "q-LoRA"),
+    "NF4 base, training": lambda: speed.span("training", NF4),
+    "NF4 base, training, GPU": lambda: speed.span("training", NF4, classes=GPU),
+    "NF4 base beside PEFT, CPUs": lambda: speed.span("training", NF4, "PEFT, NF4 base"),
+    "NF4 base beside PEFT, GPU": lambda: speed.span("training", NF4, "PEFT, NF4 base", GPU),
+    "torch.ao is faster": speed.torch_ao_is_faster,
+    "LoRA's memory beside full fine-tuning": lambda: speed.share_of_peak("LoRA", speed.FULL, "amx_bf16"),
+    "LoRA's memory beside PEFT": lambda: speed.share_of_peak("LoRA", "PEFT", "cuda"),
+}
+
+
+# Writing -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def made(name):
+    """Make a table or a number. A run of this script makes each of them once."""
+    return (TABLES | NUMBERS)[name]()
+
+
+def names_in(text):
+    return re.findall(r"<!-- /(.*?) -->", text)
 
 
 def filled(text):
-    """The text with every table between its marks made anew."""
-    for name, make in TABLES.items():
+    """Return the text with every table and number between its marks made from the results.
+
+    Raises ValueError for a name that is not known, and for a mark without the other of its pair.
+    """
+    for name in dict.fromkeys(names_in(text)):
+        if name not in TABLES | NUMBERS:
+            raise ValueError(f"no table and no number has the name {name!r}: see TABLES and NUMBERS in report.py")
+    for name in TABLES | NUMBERS:
         mark, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if mark in text:
-            if end not in text:
-                raise ValueError(f"{mark} is there, and no {end} after it")
-            before, _, rest = text.partition(mark)
-            text = f"{before}{mark}\n{make()}\n{end}{rest.partition(end)[2]}"
+        pairs = re.findall(f"{re.escape(mark)}.*?{re.escape(end)}", text, re.DOTALL)
+        if not len(pairs) == text.count(mark) == text.count(end):
+            raise ValueError(f"each {mark} needs one {end} after it")
+        line = "\n" if name in TABLES else ""
+        for pair in pairs:
+            text = text.replace(pair, f"{mark}{line}{made(name)}{line}{end}")
     return text
 
 
-FIGURE = RESULTS.parent / "whole.png"
+FIGURE = RESULTS / "whole.png"
 
 
 def sweep_digest():
-    return hashlib.sha256((RESULTS.parent / "sweep.jsonl").read_bytes()).hexdigest()
+    return hashlib.sha256((RESULTS / "sweep.jsonl").read_bytes()).hexdigest()
 
 
 def figure_is_stale():
@@ -386,28 +148,30 @@ def draw_figure():
     """Draw every method of the sweep, and note in the file which sweep it was drawn from."""
     plt.switch_backend("agg")
     figures.set_style()
-    figures.draw_whole(compare.read_runs(RESULTS.parent / "sweep.jsonl"))
-    plt.savefig(FIGURE, metadata={"Source": sweep_digest()})
+    runs = compare.read_runs(RESULTS / "sweep.jsonl")
+    figures.draw_whole(runs, file=FIGURE, metadata={"Source": sweep_digest()})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    stale = []
+    stale, placed = [], set()
     for file in map(ROOT.joinpath, FILES):
         if file.suffix == ".md":
             old = file.read_text(encoding="utf-8")
             new = filled(old)
             changed = new != old
+            placed.update(names_in(old))
         else:
             new = nbformat.read(file, as_version=4)
             cells = [cell for cell in new.cells if cell.cell_type == "markdown"]
             changed = any(filled(cell.source) != cell.source for cell in cells)
             for cell in cells:
+                placed.update(names_in(cell.source))
                 cell.source = filled(cell.source)
         if changed:
-            stale.append(file.name)
+            stale.append(str(file.relative_to(ROOT)))
             if not args.check:
                 file.write_text(new, encoding="utf-8") if file.suffix == ".md" else nbformat.write(new, file)
     if figure_is_stale():
@@ -416,7 +180,10 @@ def main():
             draw_figure()
     for name in stale:
         print(f"{name}: {'not what the results say' if args.check else 'written'}")
-    return args.check and bool(stale)
+    homeless = [name for name in TABLES | NUMBERS if name not in placed]
+    for name in homeless:
+        print(f"{name}: has no place. Write <!-- {name} --><!-- /{name} --> into one of {', '.join(FILES)}")
+    return bool(homeless) or (args.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 
 A run trains on 6,000 phrases for one epoch, the preset of the notebooks, drawn under the seed from the training phrases
 that are not held out, and is evaluated on the 872 validation sentences and on the 2,000 held-out training phrases
-(`accuracy.py`, `hold_out`): settings are chosen on these, never on the 872. Every line holds seed, settings, commit,
-machine and the label given to every sentence. What the results file holds already is not run again, so the sweep goes
-on where it was stopped; runs of one setting that belong to several parts are run once. --summary prints the means.
+(`accuracy.py`, `hold_out`): settings are chosen on these, never on the 872. The head alone is trained to its end
+(`lora_lab/baseline.py`). Every line holds seed, settings, commit, machine and the label given to every sentence. What
+the results file holds already is not run again, so the sweep goes on where it was stopped; runs of one setting that
+belong to several parts are run once. --summary prints the means.
 """
 
 import argparse
@@ -26,22 +27,23 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from accuracy import HELD_OUT, ROOT, build_model, commit, hold_out, machine, train
+from accuracy import FEATURES_OF, HELD_OUT, ROOT, build_model, commit, hold_out, machine, train
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 sys.path.insert(0, str(ROOT))
 
 import lora_utils
-from lora_lab.compare import DEFAULT, read_runs
+from lora_lab.baseline import evaluate_head, train_head
+from lora_lab.compare import DEFAULT, HEAD_ALONE, HEAD_METHODS, read_runs
 from lora_lab.ledger import memory_ledger
 from lora_lab.rounding import WAYS, round_adapter
 from lora_lab.sources import find_model, load_sst2
 
-HEAD = {"method": "head", "rank": 0, "learning_rate": 0.1}
+HEAD = [HEAD_ALONE | {"method": method} for method in HEAD_METHODS.values()]
 QUANTISED = {"method": "qlora", "bits": 4}
 # The default's learning rate is the best of its row in "scaling" on the held-out phrases.
 PARTS = {
-    "rank": [HEAD] + [{"rank": rank} for rank in (1, 2, 4, 8, 16, 64)],
+    "rank": HEAD + [{"rank": rank} for rank in (1, 2, 4, 8, 16, 64)],
     "bits": [{}] + [QUANTISED | {"bits": bits} for bits in (8, 4, 3, 2)],
     "base": [{}] + [QUANTISED | {"base_bits": base_bits} for base_bits in (None, 8, 4)],
     "full": [{"method": "full", "rank": None, "scaling": None, "learning_rate": rate} for rate in (1e-4, 3e-4)],
@@ -66,11 +68,11 @@ def data_of(data):
     return rest, {"validation": splits["validation"], "held-out": held_out}
 
 
-def measured(model, loaders):
+def measured(model, loaders, evaluate=lora_utils.evaluate):
     """{what it was evaluated on: accuracy, loss, and for every sentence its label and whether that is right}."""
     results = {}
     for name, loader in loaders.items():
-        result = lora_utils.evaluate(model, loader)
+        result = evaluate(model, loader)
         truth = [row["labels"] for row in loader.dataset]
         right = "".join(str(int(a == b)) for a, b in zip(result.predictions, truth, strict=True))
         labels = "".join(map(str, result.predictions))
@@ -87,6 +89,7 @@ def run(settings, seed, model, data, phrases, threads):
     train_split, tests = data_of(data)
     train_split = train_split.shuffle(seed=seed)
     train_split = train_split.select(range(min(phrases, len(train_split))))
+    features = FEATURES_OF.get(settings["method"])  # None, except for the head alone
     folder = find_model(model, announce=False).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     loader = lora_utils.make_loader(train_split, tokenizer, batch_size=32, shuffle=True, seed=seed)
@@ -96,16 +99,23 @@ def run(settings, seed, model, data, phrases, threads):
         trained = BertForSequenceClassification.from_pretrained(folder, attn_implementation="eager", num_labels=2)
         start = copy.deepcopy(trained)
     else:
-        options = {"alpha": settings["scaling"] * settings["rank"], "dropout": 0.0, "backbone_dropout": 0.0}
-        if settings["method"] == "head":
+        options = {"dropout": 0.0, "backbone_dropout": 0.0}
+        if features:
             options |= {"rank": 1, "alpha": 1.0}  # A and B are frozen at their start, where they change nothing
+        else:
+            options |= {"alpha": settings["scaling"] * settings["rank"]}
         trained = build_model(SimpleNamespace(model=model, **settings | options), seed)
     began = time.perf_counter()
-    loss = train(trained, loader, 1, settings["learning_rate"], warmup=0.06)
+    if features:
+        head, loss = train_head(trained, loader, features), None
+        evaluate = functools.partial(evaluate_head, head=head, features=features)
+    else:
+        loss = round(train(trained, loader, 1, settings["learning_rate"], warmup=0.06), 4)
+        evaluate = lora_utils.evaluate
     line = {"settings": settings, "seed": seed, "model": model, "data": train_split.info.dataset_name}
     line |= {"trained_on": len(train_split), "seconds": round(time.perf_counter() - began, 1)}
     line |= {"trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad)}
-    line |= {"train_loss": round(loss, 4), "results": measured(trained, loaders)}
+    line |= {"train_loss": loss, "results": measured(trained, loaders, evaluate)}
     line |= {"machine": machine(next(getattr(trained, "model", trained).bert.parameters()).dtype)}
     line |= bytes_of(trained, settings["method"])
     if settings["method"] == "full":
@@ -127,7 +137,7 @@ def bytes_of(model, method):
         model.pack()
     ledger = memory_ledger(model)
     adapter = ledger.total_bytes("A and B", "scales of A and B")
-    if method == "head":
+    if method in FEATURES_OF:
         return {"bytes": 0, "held": ledger.total_bytes() - adapter}
     return {"bytes": adapter, "held": ledger.total_bytes()}
 

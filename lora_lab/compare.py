@@ -6,12 +6,13 @@ Each setting has one run per seed.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 # The settings of the sweep that are not varied. `benchmarks/sweep.py` trains with them.
 DEFAULT = {
@@ -23,6 +24,10 @@ DEFAULT = {
     "bits": None,
     "base_bits": None,
 }
+
+# What the head alone reads, as in `baseline.FEATURES`, and the name of the method in the sweep.
+HEAD_METHODS = {"pooled": "head", "mean of tokens": "head on mean of tokens"}
+HEAD_ALONE = {"rank": 0, "scaling": None, "learning_rate": None}  # there is no A, no B and no step size
 
 
 class McNemarResult(NamedTuple):
@@ -97,9 +102,9 @@ def select(runs: list[dict], **changed) -> list[dict]:
     return [run for run in runs if run["settings"] == wanted]
 
 
-def head_only(runs: list[dict]) -> list[dict]:
-    """Select the runs in which only the classifier head was trained."""
-    return select(runs, method="head", rank=0, learning_rate=0.1)
+def head_only(runs: list[dict], features: str = "pooled") -> list[dict]:
+    """Select the runs in which only the classifier head was trained, on "pooled" or on "mean of tokens"."""
+    return select(runs, method=HEAD_METHODS[features], **HEAD_ALONE)
 
 
 def full_fine_tuning(runs: list[dict]) -> list[dict]:
@@ -116,7 +121,11 @@ def full_fine_tuning(runs: list[dict]) -> list[dict]:
 
 def methods(runs: list[dict]) -> dict[str, list[dict]]:
     """Select the runs of every method of both lessons: {name: runs}, at the default rank."""
-    groups = {"head only": head_only(runs), "LoRA": select(runs)}
+    groups = {
+        "head alone, pooled output": head_only(runs),
+        "head alone, mean of tokens": head_only(runs, "mean of tokens"),
+        "LoRA": select(runs),
+    }
     for bits in (8, 4, 3, 2):
         groups[f"q-LoRA, {bits} bits"] = select(runs, method="qlora", bits=bits)
     groups["q-LoRA, 4 bits, int8 base"] = select(runs, method="qlora", bits=4, base_bits=8)
@@ -192,6 +201,24 @@ def compare_seeds(first: list[dict], second: list[dict], where: str = "validatio
     for one, other in zip(first, second, strict=True):
         tests.append(_test_right_answers(right_answers(one, where), right_answers(other, where)))
     return tests
+
+
+def mean_difference(first: list[dict], second: list[dict], where: str = "validation") -> tuple[float, float, float]:
+    """Return the mean over seeds of first minus second, in points of accuracy, and its 95 % interval.
+
+    The interval is Student's t of the paired differences. It covers the seeds, and not the choice of sentences.
+
+    Args:
+        first, second: the runs of two settings, with the same seeds in the same order.
+        where: the sentences to compare on, "validation" or "held-out".
+    """
+    pairs = zip(accuracies(first, where), accuracies(second, where), strict=True)
+    differences = [one - other for one, other in pairs]
+    mean, n = statistics.fmean(differences), len(differences)
+    if n == 1:
+        return mean, -math.inf, math.inf
+    half = t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
+    return mean, mean - half, mean + half
 
 
 def describe(runs: list[dict]) -> str:

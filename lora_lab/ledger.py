@@ -123,10 +123,9 @@ def _saved_for_backward(model, batch):
     saved = []
 
     def remember(tensor):
-        saved.append(tensor)
-        return tensor
+        saved.append(tensor.detach())  # the graph would keep its own results alive for ever, were they saved in it
 
     device = next(model.parameters()).device
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(remember, lambda nothing: nothing):
         model(**{name: tensor.to(device) for name, tensor in batch.items()})
     return saved

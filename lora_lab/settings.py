@@ -26,6 +26,18 @@ def check_settings(settings: dict) -> None:
             raise ValueError(f"{name} is {settings[name]!r}: it must be {allowed}")
 
 
+def number_of_sentences(wanted: int | str | None, model, total: int) -> int:
+    """Return how many of `total` training sentences to train on: `wanted`, or what fits into a sitting for None.
+
+    Raises nothing: `check_settings` has refused what is no number, "all" or None.
+    """
+    if wanted is None:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        slow = parameters > LARGE and next(model.parameters()).device.type == "cpu"
+        wanted = FEW if slow else MANY
+    return total if wanted == "all" else min(wanted, total)
+
+
 def _is_whole(value, least):
     return type(value) is int and value >= least
 
@@ -49,6 +61,8 @@ def _is_seeds(value):
     return isinstance(value, (list, tuple)) and all(_is_whole(seed, 0) for seed in value)
 
 
+MANY, FEW = 6_000, 2_000  # sentences to train on if nobody says how many
+LARGE = 50_000_000  # parameters: BERT-base has 110 million, the packaged BERT 23
 CONSTANTS = (int, float, str, list, tuple, type(None))  # what a parameter can be
 # {parameter: (whether a value is right, what is allowed)}
 RULES = {
@@ -64,8 +78,8 @@ RULES = {
     "EPOCHS": (lambda value: _is_whole(value, 1), "a whole number of 1 or more"),
     "BATCH_SIZE": (lambda value: _is_whole(value, 1), "a whole number of 1 or more"),
     "TRAIN_SENTENCES": (
-        lambda value: value is None or _is_whole(value, 1),
-        "a whole number of 1 or more, or None for all",
+        lambda value: value is None or value == "all" or _is_whole(value, 1),
+        'a whole number of 1 or more, "all", or None for a number that fits the model',
     ),
     "SEED": (lambda value: _is_whole(value, 0), "a whole number of 0 or more"),
     "SWEEP_SEEDS": (_is_seeds, "a list of whole numbers of 0 or more, such as [0, 1, 2], or []"),

@@ -8,7 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tests-")
 os.environ.pop("SST2_DIR", None)
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,12 @@ def bert(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def own_bert(bert, tmp_path):
+    """Return the folder of a copy of that BERT, for a test to change."""
+    return shutil.copytree(bert, tmp_path / "own-bert")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Return the tokenizer of the packaged BERT."""
@@ -84,6 +92,18 @@ def data_folder(tmp_path):
         return folder
 
     return write
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """Let no file grow beyond so many bytes for a while."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def randomise(model, seed=0):

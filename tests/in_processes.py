@@ -7,20 +7,24 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
-from transformers import AutoTokenizer
+from accelerate.utils import DistributedDataParallelKwargs
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 from lora_lab import training
 from lora_lab.sources import MOVIE_PHRASES, load_sst2, packaged_checkpoint
 from lora_utils import LoRABertModel, make_loader, qLoRABertModel
 
 MODELS = {"LoRA": LoRABertModel, "q-LoRA": qLoRABertModel}
+FULL = "full fine-tuning"
 
 
 def new_run(bert, loader, accelerator, name="LoRA", seed=0, dropout=0.0, **options):
     """Prepare a run of two epochs with a checkpoint every 3 steps. The seed is that of the weights."""
     torch.manual_seed(seed)
-    model = MODELS[name](str(bert), dtype=torch.float32, dropout=dropout)
+    if name == FULL:
+        model = BertForSequenceClassification.from_pretrained(bert, hidden_dropout_prob=dropout)
+    else:
+        model = MODELS[name](str(bert), dtype=torch.float32, dropout=dropout)
     options = {"epochs": 2, "checkpoint_every": 3, **options}
     return training.new_run(name, model, loader, accelerator, 1e-3, **options)
 
@@ -55,9 +59,10 @@ def train_and_evaluate(bert, accelerator):
             "in training": run.model.training,
         }
     torch.manual_seed(4)  # these weights give both labels
-    model = LoRABertModel(str(bert), dtype=torch.float32)
+    model = LoRABertModel(str(bert), dtype=torch.float32).train()
     before = torch.get_rng_state()
-    results["untrained"] = training.evaluate_together(model, load_validation_sentences(37), accelerator)
+    evaluation = training.evaluate_together(model, load_validation_sentences(37), accelerator)
+    results["both labels"] = {"evaluation": evaluation, "in training": model.training}
     results["random state kept"] = torch.equal(torch.get_rng_state(), before)
     return results
 
@@ -89,27 +94,6 @@ def stop_and_resume(bert, accelerator):
     return {"whole": whole.losses, "resumed": resumed.losses, "random": random_state}
 
 
-def count_schedule_steps(bert, accelerator):
-    """Return how often our schedule steps in a training of 12 steps, and a prepared one in one of 6."""
-    run = new_run(bert, load_training_sentences(41), accelerator, checkpoint_every=None)
-    training.train(run)
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([weight])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    optimizer, prepared = accelerator.prepare(optimizer, schedule)
-    for _ in range(6):
-        weight.grad = torch.zeros(1)
-        optimizer.step()
-        prepared.step()
-    return [run.schedule.last_epoch, schedule.last_epoch]
-
-
-def default_shards(accelerator):
-    """Return what all processes together get of 5 items in batches of 2, in Accelerate's own shards."""
-    loader = accelerator.prepare(torch.utils.data.DataLoader(range(5), batch_size=2))
-    return gather_object([int(item) for batch in loader for item in batch])
-
-
 def refuse_another_number_of_processes(bert, accelerator, out):
     """Return the message for a checkpoint of one process, and whether the run stayed as it was."""
     run = new_run(bert, load_training_sentences(41), accelerator)
@@ -135,8 +119,6 @@ def main(bert, out, accelerator):
     results |= stop_and_resume(bert, accelerator)
     results["written"] = len(written)
     results["processes"] = accelerator.num_processes
-    results["schedules"] = count_schedule_steps(bert, accelerator)
-    results["shards"] = default_shards(accelerator)
     results["refused"] = refuse_another_number_of_processes(bert, accelerator, out)
     Path(out, f"{accelerator.process_index}.json").write_text(json.dumps(results), encoding="utf-8")
 

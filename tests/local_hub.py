@@ -1,6 +1,6 @@
 """Serve a folder as a Hugging Face hub on this machine, with faults on request.
 
-python tests/local_hub.py FOLDER [--tiny]   write a random BERT-base and SST-2 into FOLDER, serve it, print its address
+python tests/local_hub.py FOLDER [--tiny]   writes a random BERT-base and GLUE's SST-2 into FOLDER, and serves it
 
 The model has random weights, with the shape, the file names and the tensor names of the real one. The data come from
 the folder that SST2_DIR names, or from data/movie_phrases. FOLDER/models and FOLDER/datasets hold the repositories.

@@ -7,18 +7,15 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
-from conftest import BITSANDBYTES_SAYS
+from conftest import BITSANDBYTES_SAYS, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ["LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 NEEDED = ["lora_utils.py", "lora_lab", "tools", "README.md", "requirements.txt", "data", "benchmarks"]
 SHORT = {"DATASET": "few", "TRAIN_SENTENCES": 160, "BATCH_SIZE": 8, "EPOCHS": 1}
-PICTURES = ROOT / "outputs" / "browser"
 LONGEST = 450  # seconds for the cells, two minutes of work, on a crowded machine; the test as a whole may take 600
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # or cells out of sight are not in the page
@@ -116,22 +113,6 @@ def choose(page, *names):
         page.locator(f'.lm-MenuBar-itemLabel:text-is("{name}"), .lm-Menu-itemLabel:text-is("{name}")').click()
 
 
-def photograph(page, name):
-    """Screens from top to bottom, and in JupyterLab's dark theme again: to be looked at, no test sees ugliness."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    for old in PICTURES.glob(f"{name}-*.png"):
-        old.unlink()
-    scroller = page.locator(".jp-WindowedPanel-outer")
-    for theme in ("Light", "Dark"):
-        choose(page, "Settings", "Theme", f"JupyterLab {theme}")
-        page.wait_for_selector(f"body[data-jp-theme-name='JupyterLab {theme}']", state="attached")
-        height, screen = scroller.evaluate("panel => [panel.scrollHeight, panel.clientHeight]")
-        for number, top in enumerate(range(0, height, screen), 1):
-            scroller.evaluate("(panel, top) => panel.scrollTo(0, top)", top)
-            page.wait_for_timeout(200)
-            page.screenshot(path=PICTURES / f"{name}-{theme.lower()}-{number:02}.png")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs_in_a_browser_its_bars_move_its_figures_appear_and_its_sliders_change_them(name, lab, page):
@@ -153,7 +134,6 @@ def test_a_notebook_runs_in_a_browser_its_bars_move_its_figures_appear_and_its_s
         return done or any(cell["errors"] for cell in cells)
 
     in_time = until(ended, LONGEST)
-    photograph(page, Path(name).stem)
     cells = page.evaluate(LOOK)
     assert [cell["errors"] for cell in cells if cell["errors"]] == []
     assert in_time, [cell["number"] for cell in cells]

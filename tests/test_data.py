@@ -7,32 +7,17 @@ from collections import Counter
 import datasets
 import pytest
 import torch
-from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from lora_lab.compare import McNemarResult, mcnemar
+from lora_lab.compare import mcnemar
 from lora_lab.sources import MOVIE_PHRASES, load_sst2
-from lora_utils import Evaluation, LengthGroupedBatches, LoRABertModel, evaluate, make_loader, wilson_interval
+from lora_utils import LengthGroupedBatches, make_loader, wilson_interval
 
 ROWS = [{"sentence": f"sentence {'very ' * i}long", "label": i % 2, "idx": i} for i in range(7)]
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_a_folder_gives_train_and_validation_with_sentence_and_label(tmp_path, suffix):
-    for name in ("train", "validation"):
-        rows = datasets.Dataset.from_list(ROWS)
-        write = {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix]
-        write(tmp_path / f"{name}.{suffix}")
-    splits = load_sst2(str(tmp_path))
-    assert isinstance(splits, datasets.DatasetDict) and set(splits) == {"train", "validation"}
-    for split in splits.values():
-        assert split.column_names == ["sentence", "label"]
-        assert split["sentence"] == [row["sentence"] for row in ROWS]
-        assert split["label"] == [row["label"] for row in ROWS]
 
 
 def test_label_0_is_negative_and_label_1_is_positive():
@@ -51,38 +36,6 @@ def test_auto_takes_the_folder_that_sst2_dir_names(data_folder, monkeypatch, cap
     monkeypatch.setenv("SST2_DIR", "nowhere")
     with pytest.raises(ValueError, match="nowhere"):
         load_sst2("auto")
-
-
-def test_without_folder_or_hub_auto_takes_movie_phrases_and_says_so_in_one_line(capsys):
-    splits = load_sst2("auto")
-    out = capsys.readouterr().out
-    assert splits["train"].info.dataset_name == "movie_phrases"
-    assert out.count("\n") == 1 and "instead of SST-2" in out and "cannot be reached" in out
-
-
-def test_data_that_is_named_is_never_replaced(tmp_path):
-    for name in ("sst2", str(tmp_path / "nothing"), "no-such-set"):
-        with pytest.raises(ValueError, match=re.escape(name)):
-            load_sst2(name)
-
-
-@pytest.mark.parametrize(
-    "splits, message",
-    [
-        ({"train": ROWS}, "no validation file"),
-        ({"validation": ROWS}, "no train file"),
-        ({"train": ROWS, "validation": [{"text": "x", "label": 0}]}, "sentence"),
-        ({"train": ROWS, "validation": [{"sentence": "x"}]}, "label"),
-        ({"train": [{"sentence": "x", "label": 2}], "validation": ROWS}, r"row 1 .* label 2 \(int\): allowed are 0 "),
-        ({"train": [{"sentence": "x", "label": -1}], "validation": ROWS}, r"row 1 .* label -1 \(int\): "),
-        ({"train": [{"sentence": "x", "label": None}], "validation": ROWS}, "row 1 .* label None "),
-        ({"train": [], "validation": ROWS}, "train split .* holds no sentence"),
-    ],
-    ids=str,
-)
-def test_a_folder_that_does_not_hold_the_data_is_refused(data_folder, splits, message):
-    with pytest.raises(ValueError, match=message):
-        load_sst2(str(data_folder(**splits)))
 
 
 @settings(deadline=None, max_examples=60)
@@ -149,31 +102,6 @@ def test_an_empty_list_of_sentences_and_a_batch_size_of_zero_are_refused(tokeniz
             make_loader(split, tokenizer, batch_size=size)
 
 
-def test_evaluate_counts_every_sentence_and_keeps_the_order_of_the_data(bert, tokenizer):
-    model = randomise(LoRABertModel(str(bert), dtype=torch.float32)).eval()
-    split = load_sst2("auto")["validation"].select(range(41))
-    loader = make_loader(split, tokenizer, batch_size=4)
-
-    def one_sentence(i):
-        return model(**tokenizer(split["sentence"][i], return_tensors="pt"), labels=torch.tensor([split[i]["label"]]))
-
-    with torch.no_grad():  # let half of the labels be 0 and half 1, so that their order shows
-        logits = torch.cat([one_sentence(i).logits for i in range(41)])
-        margins = logits[:, 1] - logits[:, 0]
-        model.model.classifier.bias[0] += margins.median() + 1e-4
-        expected = [one_sentence(i) for i in range(41)]
-    result = evaluate(model.train(), loader)
-    assert isinstance(result, Evaluation) and model.training and result.n == 41
-    labels = [output.logits.argmax().item() for output in expected]
-    assert result.predictions == labels and sum(labels) == 20
-    assert labels != [labels[i] for batch in loader.batch_sampler for i in batch]
-    right = sum(p == label for p, label in zip(labels, split["label"], strict=True))
-    assert 0 < right < 41 and result.accuracy == right / 41
-    assert (result.low, result.high) == wilson_interval(right, 41)
-    assert result.loss == pytest.approx(sum(output.loss.item() for output in expected) / 41, rel=1e-4)
-    assert f"{right / 41:.1%}" in str(result) and "n = 41" in str(result)
-
-
 # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3
 @pytest.mark.parametrize(
     "right, n, low, high",
@@ -211,8 +139,8 @@ def test_mcnemars_test_is_the_binomial_test_on_the_sentences_that_only_one_has_r
         n = first_only + second_only
         expected = binomtest(first_only, n).pvalue if n else 1.0
         compared = mcnemar(first, second, labels)
-        assert isinstance(compared, McNemarResult) and compared.p == pytest.approx(expected)
-        assert (compared.first_only, compared.second_only) == (first_only, second_only) == compared[:2]
+        assert compared.p == pytest.approx(expected)
+        assert (compared.first_only, compared.second_only) == (first_only, second_only)
         assert ("no difference can be seen" in str(compared)) == (expected >= 0.05)
 
 
@@ -233,6 +161,7 @@ def words(sentence):
     return re.findall(r"[a-z]+(?:['-][a-z]+)*", sentence.lower())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split, number", [("train", 1600), ("validation", 400)])
 def test_movie_phrases_are_many_balanced_and_of_every_kind(split, number):
     rows = phrases(split)
@@ -245,6 +174,7 @@ def test_movie_phrases_are_many_balanced_and_of_every_kind(split, number):
     assert {row["kind"] for row in rows} == kinds
 
 
+@pytest.mark.slow
 def test_no_movie_phrase_is_there_twice_or_nearly_so():
     bags = [frozenset(words(row["sentence"])) for split in ("train", "validation") for row in phrases(split)]
     for i, bag in enumerate(bags):
@@ -253,6 +183,7 @@ def test_no_movie_phrase_is_there_twice_or_nearly_so():
             assert shared < 4 or shared / len(bag | other) <= 0.75, (bag, other)
 
 
+@pytest.mark.slow
 def test_the_sentiment_words_of_validation_phrases_are_not_in_the_training_ones():
     known = {word for row in phrases("train") for word in words(row["sentence"])}
     for row in phrases("validation"):
@@ -261,6 +192,7 @@ def test_the_sentiment_words_of_validation_phrases_are_not_in_the_training_ones(
         assert not known & set(row["cues"]), row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ngrams", [(1, 1), (1, 2)])
 def test_a_bag_of_words_does_not_solve_movie_phrases(ngrams):
     train = phrases("train")

@@ -7,6 +7,8 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,12 +95,10 @@ def test_in_float16_an_8_bit_weight_does_not_overflow():
 CPU = torch.cpu.get_capabilities()
 CAP = os.environ.get("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
 VNNI = (CPU.get("avx_vnni") or CPU.get("avx512_vnni")) and ("VNNI" in CAP or "BF16" in CAP)
-KERNELS = [
-    pytest.param("onednn", marks=pytest.mark.skipif(not VNNI, reason="oneDNN's sums are exact on CPUs with VNNI")),
-    "fbgemm",
-]
 X86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+needs_vnni = pytest.mark.skipif(not (X86 and VNNI), reason="oneDNN's sums are exact on CPUs with VNNI")
 needs_x86 = pytest.mark.skipif(not X86, reason="PyTorch multiplies integers on x86 CPUs with AVX2")
+KERNELS = [pytest.param("onednn", marks=needs_vnni), pytest.param("fbgemm", marks=needs_x86)]
 
 
 def with_integers(kernel, dtype=torch.float32, bias=True, inputs=384, outputs=48):
@@ -123,7 +123,6 @@ def rounded(x, kernel):
 
 
 # A tie may fall the other way, and bfloat16 has 8 binary digits.
-@needs_x86
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 2e-3), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapted", [True, False])
@@ -144,7 +143,6 @@ def test_an_integer_product_is_that_of_the_rounded_numbers(kernel, adapted, bias
             assert 1e-3 < relative_error(found, exact.double() @ W.T + b) < 5e-2  # it does round
 
 
-@needs_x86
 @pytest.mark.parametrize("dtype", ALLOWED, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_gradient_of_an_integer_product_is_near_the_exact_one(kernel, dtype):
@@ -157,7 +155,6 @@ def test_the_gradient_of_an_integer_product_is_near_the_exact_one(kernel, dtype)
     assert relative_error(x.grad, rounded(g, kernel) @ W) < 2e-2  # the columns of W are rounded as well
 
 
-@needs_x86
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_on_real_weights_and_activations_the_gradient_of_x_is_within_3_percent(tokenizer, kernel):
     torch.manual_seed(0)
@@ -169,12 +166,8 @@ def test_on_real_weights_and_activations_the_gradient_of_x_is_within_3_percent(t
             output.register_hook(lambda g: gradients.__setitem__(name, g.flatten(0, -2)))
 
         layer.register_forward_hook(remember)
-    loader = make_loader(load_sst2(MOVIE_PHRASES, announce=False)["train"].select(range(64)), tokenizer)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    for batch in loader:  # after one step, B is no longer zero
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
+    (batch,) = make_loader(load_sst2(MOVIE_PHRASES, announce=False)["train"].select(range(32)), tokenizer)
+    model(**batch).loss.backward()
     errors = []
     for name, g in gradients.items():
         layer = QuantizedLinear(model.lora_layers()[name].base, 8)
@@ -187,7 +180,6 @@ def test_on_real_weights_and_activations_the_gradient_of_x_is_within_3_percent(t
     assert len(errors) == 37 and statistics.median(errors) <= 0.03 and max(errors) <= 0.15
 
 
-@needs_x86
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_integer_products_do_not_overflow_where_everything_is_as_large_as_can_be(kernel):
     base, *_ = with_integers(kernel, bias=False, inputs=3072)
@@ -226,7 +218,6 @@ def test_seven_bits_do_not_overflow_16_bits_on_a_cpu_with_avx2_only():
     assert ran.stdout.split() == ["True", "True"] and ran.stderr == ""
 
 
-@needs_x86
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_was_packed_while_predicting_is_used_in_training_and_packed_once(kernel):
     base, W, _ = with_integers(kernel)
@@ -243,7 +234,6 @@ def test_what_was_packed_while_predicting_is_used_in_training_and_packed_once(ke
         assert base.packed_integers["backward"] is backward
 
 
-@needs_x86
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_packed_layer_that_is_moved_copied_stored_or_decoded_computes_what_it_did(kernel, train, tmp_path):
@@ -279,15 +269,18 @@ def test_a_packed_layer_that_is_moved_copied_stored_or_decoded_computes_what_it_
     assert relative_error(use(base), x.double() @ W.T + base.bias.double()) < 1e-5
 
 
-@needs_x86
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_model_that_multiplies_integers_is_saved_and_merged_as_before(bert, batch, tmp_path, kernel):
+def test_a_model_that_multiplies_integers_is_saved_merged_and_averaged_as_before(bert, batch, tmp_path, kernel):
     model = randomise(qLoRABertModel(str(bert), base_bits=8, dtype=torch.float32))
     exact = {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
     model.save_pretrained(tmp_path / "before")
     multiply_integers(model, kernel)
+    average = torch.optim.swa_utils.AveragedModel(model)
     loss = model(**batch).loss
     loss.backward()
+    average.update_parameters(model)
+    average.update_parameters(model)
+    assert torch.allclose(average(**batch).loss, loss, atol=1e-5)
     model.save_pretrained(tmp_path / "after")
     before, after = (load_file(tmp_path / folder / model.FILES[1]) for folder in ("before", "after"))
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
@@ -295,7 +288,6 @@ def test_a_model_that_multiplies_integers_is_saved_and_merged_as_before(bert, ba
     assert all(torch.equal(tensor, exact[name]) for name, tensor in model.merge_and_unload().state_dict().items())
 
 
-@needs_x86
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_model_that_never_trained_holds_hardly_more_bytes_for_integer_products(bert, batch, kernel):
     model = qLoRABertModel(str(bert), base_bits=8, dtype=torch.float32)
@@ -311,33 +303,26 @@ def test_a_model_that_never_trained_holds_hardly_more_bytes_for_integer_products
     assert packed == sum(out * width + 8 * width for out, width in shapes) > 0
 
 
-@needs_x86
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_several_threads_can_call_one_layer(kernel):
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    failures = []
+    try:
+        for _ in range(50):
+            layer = with_integers(kernel, inputs=64)[0]
+            start = threading.Barrier(6)
 
-    def call(layer, start, dtype):
-        start.wait()
-        try:
-            layer(torch.randn(4, 64, dtype=dtype))
-        except Exception as error:
-            failures.append(error)
+            def call(layer=layer, start=start):
+                start.wait()
+                return layer(torch.randn(4, 64))
 
-    for _ in range(50):
-        start = threading.Barrier(6)
-        layer = with_integers(kernel, inputs=64)[0]
-        threads = [threading.Thread(target=call, args=(layer, start, torch.float32)) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    sys.setswitchinterval(interval)
-    assert failures == []
+            with ThreadPoolExecutor(6) as pool:
+                calls = [pool.submit(call) for _ in range(6)]
+            assert all(call.result().isfinite().all() for call in calls)
+    finally:
+        sys.setswitchinterval(interval)
 
 
-@needs_x86
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_double_backward_pass_is_near_that_of_the_exact_product(kernel):
     base, W, _ = with_integers(kernel, bias=False)
@@ -348,20 +333,6 @@ def test_a_double_backward_pass_is_near_that_of_the_exact_product(kernel):
     assert relative_error(second, 2 * g.double() @ hessian) < 3e-2  # the rounding of the first products is in it
 
 
-@needs_x86
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_the_weights_of_a_packed_model_can_be_averaged(bert, batch, kernel):
-    model = randomise(qLoRABertModel(str(bert), base_bits=8, dtype=torch.float32))
-    multiply_integers(model, kernel)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    loss = model(**batch).loss
-    loss.backward()
-    average.update_parameters(model)
-    average.update_parameters(model)
-    assert torch.allclose(average(**batch).loss, loss, atol=1e-5)
-
-
-@needs_x86
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_integer_products_are_for_float32_and_bfloat16_only(kernel, dtype):
@@ -404,11 +375,13 @@ def test_gradients_come_through_autocast(base_bits, backward_too):
     x = torch.randn(7, 128, requires_grad=True)
     exact = torch.autograd.grad(layer(x).sum(), (x, layer.lora_A, layer.lora_B))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = layer(x).sum()
+        y = layer(x)
+        loss = y.sum()
         if backward_too:
             loss.backward()
     if not backward_too:
         loss.backward()
+    assert y.dtype == torch.bfloat16
     for found, expected in zip((x.grad, layer.lora_A.grad, layer.lora_B.grad), exact, strict=True):
         assert found.dtype == torch.float32 and relative_error(found, expected) < 2e-2
     with torch.autocast("cpu", torch.bfloat16):
@@ -481,30 +454,13 @@ def test_the_last_block_computes_no_row_that_is_not_read(bert, batch):
 
 
 def test_nothing_below_the_lowest_adapted_layer_gets_a_gradient(bert, batch):
-    model = randomise(qLoRABertModel(str(bert), rank=4, base_bits=8, dtype=torch.float32))
-    asked = []
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            exact = module._input_gradient
-            module._input_gradient = lambda g, name=name, exact=exact: asked.append(name) or exact(g)
+    """Count how often each weight is decoded: for the product, and again for the gradient of its input."""
+    model = randomise(qLoRABertModel(str(bert), rank=4, base_bits=4, dtype=torch.float32))
+    decoded = Counter()
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            exact = layer.dequantize
+            layer.dequantize = lambda dtype, name=name, exact=exact: decoded.update([name]) or exact(dtype)
     model(**batch).loss.backward()
-    # The lowest block's query, key and value need no gradient of their input. Every other layer does.
-    expected = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     lowest = "model.bert.encoder.layer.0.attention.self."
-    assert sorted(asked) == sorted(name for name in expected if not name.startswith(lowest))
-
-
-def test_the_fused_adamw_steps_as_the_plain_one_does(bert, batch):
-    losses = {}
-    for fused in (True, False):
-        torch.manual_seed(0)
-        model = LoRABertModel(str(bert), rank=4, dtype=torch.float32)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused)
-        losses[fused] = []
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            losses[fused].append(loss.item())
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert decoded == {name: 1 if name.startswith(lowest) else 2 for name in decoded} and len(decoded) == 2 * 6 + 1

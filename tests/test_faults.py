@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 
@@ -13,11 +12,12 @@ import torch
 from accelerate import cpu_offload
 from conftest import ROOT, randomise
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 from transformers import AutoTokenizer, BertForSequenceClassification, Trainer, TrainingArguments
 
 from lora_lab.sources import MOVIE_PHRASES, find_model, load_sst2, packaged_checkpoint
-from lora_utils import LoRABertModel, evaluate, make_loader, qLoRABertModel
+from lora_utils import LoRABertModel, evaluate, make_loader, qLoRABertModel, wilson_interval
 
 
 def model_of(bert, kind=LoRABertModel, **options):
@@ -104,10 +104,9 @@ def test_what_is_trained_beside_the_bert_or_in_another_head_is_refused_too(bert,
         model.save_pretrained(tmp_path)
 
 
-def test_an_adapter_is_saved_with_a_warning_when_its_checkpoint_is_gone(bert, batch, tmp_path):
-    shutil.copytree(bert, tmp_path / "bert")
-    model = model_of(tmp_path / "bert")
-    (tmp_path / "bert" / "model.safetensors").rename(tmp_path / "moved.safetensors")
+def test_an_adapter_is_saved_with_a_warning_when_its_checkpoint_is_gone(bert, own_bert, batch, tmp_path):
+    model = model_of(own_bert)
+    (own_bert / "model.safetensors").rename(tmp_path / "moved.safetensors")
     with pytest.warns(UserWarning, match=r"model\.safetensors is gone"):
         model.save_pretrained(tmp_path / "adapter")
     loaded = LoRABertModel.from_pretrained(tmp_path / "adapter", dtype=torch.float32, folder=bert)
@@ -132,16 +131,26 @@ def of_sampler(loader, sampler):
     return DataLoader(loader.dataset, batch_size=4, sampler=sampler, collate_fn=loader.collate_fn)
 
 
-def test_predictions_are_in_the_datas_order_whatever_order_the_loader_draws(bert, tokenizer, phrases):
-    model, loader = model_of(bert), make_loader(phrases, tokenizer, batch_size=4)
-    with torch.no_grad():  # let about half of the labels be 1, so that their order shows
-        logits = model(**tokenizer(list(phrases["sentence"]), padding=True, return_tensors="pt")).logits
-        model.model.classifier.bias[0] += (logits[:, 1] - logits[:, 0]).median() + 1e-3
-    expected = evaluate(model, loader)
-    assert 0 < sum(expected.predictions) < len(phrases)
-    for other in (of_sampler(loader, RandomSampler(loader.dataset)), make_loader(phrases, tokenizer, 4, shuffle=True)):
-        found = evaluate(model, other)
-        assert found.predictions == expected.predictions and found.accuracy == expected.accuracy
+def test_evaluate_counts_each_sentence_in_the_datas_order_whatever_order_the_loader_draws(bert, tokenizer, phrases):
+    model = model_of(bert)
+    labels = torch.tensor(phrases["label"])
+    with torch.no_grad():
+        logits = torch.cat([model(**tokenizer(row["sentence"], return_tensors="pt")).logits for row in phrases])
+        shift = (logits[:, 1] - logits[:, 0]).median() + 1e-3  # about half of the labels become 1, so their order shows
+        model.model.classifier.bias[0] += shift
+        logits[:, 0] += shift
+    predictions = logits.argmax(1)
+    right = (predictions == labels).sum().item()
+    assert 0 < right < 23 and 0 < predictions.sum() < 23
+
+    in_order = make_loader(phrases, tokenizer, batch_size=4)
+    at_random = of_sampler(in_order, RandomSampler(in_order.dataset))
+    for loader in (in_order, at_random, make_loader(phrases, tokenizer, 4, shuffle=True)):
+        found = evaluate(model.train(), loader)
+        assert model.training and found.n == 23 and found.predictions == predictions.tolist()
+        assert found[:3] == (right / 23, *wilson_interval(right, 23))
+        assert found.loss == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-4)
+    assert f"{right / 23:.1%}" in str(found) and "n = 23" in str(found)
 
 
 def test_a_loader_that_repeats_or_leaves_out_sentences_is_refused(bert, tokenizer, phrases):
@@ -165,19 +174,24 @@ def test_evaluating_draws_no_random_number(bert, tokenizer, phrases):
 # Names of labels
 
 
-def classifier_of(bert, folder, names):
-    """Write a BERT with a head of its own and these names of labels."""
-    model = BertForSequenceClassification.from_pretrained(bert)
-    torch.nn.init.normal_(model.classifier.weight)
-    model.config.id2label = names
-    model.config.label2id = {name: label for label, name in names.items()}
-    model.save_pretrained(folder)
-    return model.eval()
+@pytest.fixture
+def classifier_of(bert, tmp_path):
+    """Return a function that writes a BERT with a head of its own and these names of labels."""
+
+    def write(names):
+        model = BertForSequenceClassification.from_pretrained(bert)
+        torch.nn.init.normal_(model.classifier.weight)
+        model.config.id2label = names
+        model.config.label2id = {name: label for label, name in names.items()}
+        model.save_pretrained(tmp_path)
+        return model.eval()
+
+    return write
 
 
-def test_the_names_of_labels_are_kept_where_the_head_is_kept(bert, batch, tmp_path):
+def test_the_names_of_labels_are_kept_where_the_head_is_kept(classifier_of, batch, tmp_path):
     names = {0: "POSITIVE", 1: "NEGATIVE"}
-    theirs = classifier_of(bert, tmp_path, names)
+    theirs = classifier_of(names)
     ours = LoRABertModel(str(tmp_path), dtype=torch.float32).eval()
     merged = ours.merge_and_unload()
     assert torch.allclose(ours(**batch).logits, theirs(**batch).logits, atol=1e-5)
@@ -188,31 +202,29 @@ def test_the_names_of_labels_are_kept_where_the_head_is_kept(bert, batch, tmp_pa
 
 
 @pytest.mark.parametrize("names", [{0: "LABEL_0", 1: "LABEL_1"}, {0: "NEGATIVE", 1: "POSITIVE"}], ids=str)
-def test_a_head_without_names_of_its_own_gets_those_of_sst2(bert, tmp_path, names):
-    classifier_of(bert, tmp_path, names)
+def test_a_head_without_names_of_its_own_gets_those_of_sst2(classifier_of, tmp_path, names):
+    classifier_of(names)
     assert LoRABertModel(str(tmp_path)).config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
     find_model(str(tmp_path), announce=False)
 
 
-def test_a_new_head_is_named_as_sst2_whatever_the_config_says(bert, tmp_path):
-    for file in bert.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((bert / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {0: "POSITIVE", 1: "NEGATIVE"}}))
-    assert LoRABertModel(str(tmp_path)).config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
-    find_model(str(tmp_path), announce=False)
+def test_a_new_head_is_named_as_sst2_whatever_the_config_says(own_bert):
+    config = json.loads((own_bert / "config.json").read_text())
+    (own_bert / "config.json").write_text(json.dumps(config | {"id2label": {0: "POSITIVE", 1: "NEGATIVE"}}))
+    assert LoRABertModel(str(own_bert)).config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    find_model(str(own_bert), announce=False)
 
 
 @pytest.mark.parametrize("names", [{0: "POSITIVE", 1: "NEGATIVE"}, {0: "positive", 1: "neg"}], ids=str)
-def test_the_lessons_refuse_a_head_whose_names_contradict_the_data(bert, tmp_path, names):
-    classifier_of(bert, tmp_path, names)
+def test_the_lessons_refuse_a_head_whose_names_contradict_the_data(classifier_of, tmp_path, names):
+    classifier_of(names)
     with pytest.raises(ValueError, match=r"labels 0 .*[pP]\w+.*in the data 0 is negative"):
         find_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("names", ['{"0": "POSITIVE"}', '["neg", "pos"]', '"x"', "nothing", '{"0": "possible"}'])
-def test_odd_names_of_labels_are_refused_in_words_or_taken(bert, tmp_path, names):
-    classifier_of(bert, tmp_path, {0: "LABEL_0", 1: "LABEL_1"})
+def test_odd_names_of_labels_are_refused_in_words_or_taken(classifier_of, tmp_path, names):
+    classifier_of({0: "LABEL_0", 1: "LABEL_1"})
     (tmp_path / "config.json").write_text('{"model_type": "bert", "id2label": ' + names + "}")
     if "possible" in names:
         find_model(str(tmp_path), announce=False)
@@ -226,20 +238,18 @@ def test_odd_names_of_labels_are_refused_in_words_or_taken(bert, tmp_path, names
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.float16}, {"base_bits": 8}, {"base_bits": 4}], ids=str)
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
-def test_a_base_that_is_not_finite_as_stored_or_as_cast_is_refused_by_name(bert, tmp_path, value, options):
-    for file in bert.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(bert / "model.safetensors")
+def test_a_base_that_is_not_finite_as_stored_or_as_cast_is_refused_by_name(own_bert, value, options):
+    tensors = load_file(own_bert / "model.safetensors")
     name = next(name for name in tensors if name.endswith("key.weight"))
     tensors[name][3, 4] = value
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(tensors, own_bert / "model.safetensors", {"format": "pt"})
     kind = qLoRABertModel if "base_bits" in options else LoRABertModel
     options = {"dtype": torch.float32, **options}
     if value == 1e30 and options["dtype"] is torch.float32:
-        kind(str(tmp_path), **options)
+        kind(str(own_bert), **options)
         return
     with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.\d\.attention\.self\.key\.weight holds .*not finite"):
-        kind(str(tmp_path), **options)
+        kind(str(own_bert), **options)
 
 
 # Lengths
@@ -265,19 +275,10 @@ def test_more_tokens_than_the_base_has_are_refused_with_what_to_do(bert, batch):
 # Labels of another shape or dtype
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [
-        torch.tensor([0.0, 1.0, 1.0]),
-        torch.tensor([[0], [1], [1]]),
-        torch.tensor([True, False, True]),
-        torch.tensor([0]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("labels", [[0.0, 1.0, 1.0], [[0], [1], [1]], [True, False, True], [0]], ids=str)
 def test_labels_of_another_shape_or_dtype_are_refused(bert, batch, labels):
     with pytest.raises(ValueError, match=r"labels are .*: they must be whole numbers, one for each"):
-        model_of(bert)(**{**batch, "labels": labels})
+        model_of(bert)(**{**batch, "labels": torch.tensor(labels)})
 
 
 def test_int32_labels_give_the_same_loss(bert, batch):
@@ -327,13 +328,11 @@ def test_a_checkpoint_in_another_form_is_refused_with_the_way_to_convert_it(bert
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None], ids=str)
-def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(bert, tmp_path, content):
-    for file in bert.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    whole = (bert / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:-100] if content is None else content)
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(own_bert, content):
+    file = own_bert / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
     with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file.*download it again"):
-        LoRABertModel(str(tmp_path))
+        LoRABertModel(str(own_bert))
 
 
 def test_an_adapter_whose_base_has_moved_says_which_argument_takes_another(bert, tmp_path):

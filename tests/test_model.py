@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 
 import pytest
 import torch
@@ -10,63 +9,49 @@ from conftest import randomise
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lora_utils import LoRABertModel, detect_compute_format, match_targets, qLoRABertModel
-
-TARGETS = [("query", "value"), ["dense"], "all-linear", r".*\.1\.attention\.self\.(query|key)"]
+from lora_utils import LoRABertModel, detect_compute_format, match_targets
 
 
 def float32(bert, **options):
     return LoRABertModel(str(bert), dtype=torch.float32, **options)
 
 
-def a_few_steps(model, batch, steps=3, learning_rate=1e-2):
-    """Train on one batch and return the losses."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    losses = []
+def train_three_steps(model, batch):
+    """Train on one batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
-    for _ in range(steps):
-        loss = model(**batch).loss
-        loss.backward()
+    for _ in range(3):
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
     model.eval()
-    return losses
 
 
-def test_everything_is_frozen_but_a_b_and_the_head(bert):
-    model = float32(bert)
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == ("lora_" in name or "classifier" in name), name
-
-
-def test_the_head_is_trained_and_not_wrapped(bert):
-    model = float32(bert, target_modules="all-linear")
-    assert type(model.model.classifier) is torch.nn.Linear
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.model.classifier.parameters())
-
-
-def test_the_pooler_is_one_of_all_linear_and_of_dense(bert):
-    for targets in ("all-linear", ["dense"]):
-        assert "bert.pooler.dense" in float32(bert, target_modules=targets).lora_layers()
-    assert len(float32(bert, target_modules="all-linear").lora_layers()) == 2 * 6 + 1
+NAMES = [f"layer.{i}.{part}" for i in (0, 1) for part in ("self.query", "output.dense", "dense")] + ["pooler.dense"]
 
 
 @pytest.mark.parametrize(
-    "targets, count",
-    [(["query"], 2), (["attention.output.dense"], 2), (["output.dense"], 4), (["layer.1.attention.self.query"], 1)],
+    "targets, expected",
+    [
+        (["query"], [0, 3]),
+        (["output.dense"], [1, 4]),
+        (["layer.1.self.query"], [3]),
+        (["dense", "output.dense", "1.self.query"], [1, 2, 3, 4, 5, 6]),  # in the model's order, and once
+        (r"layer\.1\.(self\.query|dense)", [3, 5]),
+        ("all-linear", range(7)),
+    ],
+    ids=str,
 )
-def test_a_target_matches_the_end_of_a_path(bert, targets, count):
-    assert len(float32(bert, target_modules=targets).lora_layers()) == count
+def test_targets_match_the_ends_of_paths_or_a_whole_path(targets, expected):
+    assert match_targets(NAMES, targets) == [NAMES[number] for number in expected]
 
 
-def test_a_fresh_model_gives_the_logits_of_the_checkpoint(bert, batch):
-    torch.manual_seed(3)
-    model = float32(bert).eval()
-    plain = BertForSequenceClassification.from_pretrained(bert).eval()
-    plain.classifier.load_state_dict(model.model.classifier.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(model(**batch).logits, plain(**batch).logits, atol=1e-6, rtol=1e-6)
+def test_all_linear_has_the_pooler_and_not_the_head_and_no_layer_is_adapted_twice(bert):
+    model = float32(bert, target_modules="all-linear")
+    assert len(model.lora_layers()) == 2 * 6 + 1 and "bert.pooler.dense" in model.lora_layers()
+    assert type(model.model.classifier) is torch.nn.Linear
+    twice = float32(bert, target_modules=["dense", "output.dense"])
+    assert {type(layer.base) for layer in twice.lora_layers().values()} == {torch.nn.Linear}
 
 
 def test_forward_returns_transformers_output_with_the_mean_cross_entropy(bert, batch):
@@ -77,27 +62,13 @@ def test_forward_returns_transformers_output_with_the_mean_cross_entropy(bert, b
     assert model(batch["input_ids"], batch["attention_mask"]).loss is None
 
 
-def test_padding_does_not_change_the_logits(bert, batch):
-    model = randomise(float32(bert)).eval()
-    without_padding = model(batch["input_ids"][1:2, :4]).logits
-    torch.testing.assert_close(model(**batch).logits[1:2], without_padding, atol=1e-5, rtol=1e-5)
-
-
 def test_three_steps_move_a_b_and_the_head_and_not_one_bit_of_anything_else(bert, batch):
     torch.manual_seed(0)
     model = LoRABertModel(str(bert))
     before = copy.deepcopy(model.state_dict())
-    a_few_steps(model, batch)
+    train_three_steps(model, batch)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) != ("lora_" in name or "classifier" in name), name
-
-
-def test_the_same_seed_gives_the_same_losses(bert, batch):
-    def losses():
-        torch.manual_seed(7)
-        return a_few_steps(LoRABertModel(str(bert), dropout=0.3), batch, steps=4)
-
-    assert losses() == losses()
 
 
 def test_the_backbones_dropout_is_off_and_loras_is_the_argument(bert, batch):
@@ -147,28 +118,25 @@ def test_the_machine_decides_on_bf16_and_on_int8_arithmetic(monkeypatch, able, a
     assert found == (dtype, "eager", int8) and found._fields == ("dtype", "attention", "int8")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_was_trained_merges_and_unmerges(bert, batch, dtype):
-    model = LoRABertModel(str(bert), dtype=dtype, target_modules="all-linear")
-    a_few_steps(model, batch)
-    before = model(**batch).logits
-    state = copy.deepcopy(model.state_dict())
-    for layer in model.lora_layers().values():
-        layer.merge()
-    tolerance = 1e-5 if dtype is torch.float32 else 5e-2
-    torch.testing.assert_close(model(**batch).logits, before, atol=tolerance, rtol=tolerance)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    for layer in model.lora_layers().values():
-        layer.unmerge()
-    assert torch.equal(model(**batch).logits, before)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+@pytest.mark.parametrize(
+    ("bf16", "capability", "dtype"),
+    [
+        *[(True, (9, 0), torch.bfloat16), (True, (8, 0), torch.bfloat16)],
+        *[(False, (7, 5), torch.float16), (False, (7, 0), torch.float16), (False, (6, 1), torch.float32)],
+    ],
+)
+def test_a_gpu_without_bf16_takes_float16_if_it_has_tensor_cores(monkeypatch, bf16, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert detect_compute_format() == (dtype, "sdpa", None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("merged", [False, True])
 def test_merge_and_unload_gives_a_plain_float32_bert_with_the_same_logits(bert, batch, tmp_path, dtype, merged):
     model = LoRABertModel(str(bert), dtype=dtype, target_modules="all-linear")
-    a_few_steps(model, batch)
+    train_three_steps(model, batch)
     in_float32 = copy.deepcopy(model).float().eval()
     if merged:
         for layer in model.lora_layers().values():
@@ -186,41 +154,6 @@ def test_merge_and_unload_gives_a_plain_float32_bert_with_the_same_logits(bert, 
         expected = in_float32(**batch).logits
         torch.testing.assert_close(plain(**batch).logits, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_small_update_survives_merge_and_unload_from_bf16(bert):
-    model = LoRABertModel(str(bert), dtype=torch.bfloat16)
-    name, layer = next(iter(model.lora_layers().items()))
-    torch.nn.init.normal_(layer.lora_B, std=1e-4)
-    merged = model.merge_and_unload().get_submodule(name).weight
-    update = layer.delta_weight()
-    kept = merged - layer.base.weight.float()
-    assert (kept - update).norm() < 1e-3 * update.norm()
-
-
-def test_state_dict_deepcopy_autocast_and_to_work(bert, batch):
-    model = randomise(float32(bert)).eval()
-    expected = model(**batch).logits
-    other = float32(bert).eval()
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(**batch).logits, expected)
-    assert torch.equal(copy.deepcopy(model)(**batch).logits, expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(**batch).logits, expected, atol=0.1, rtol=0.1)
-    double = model.to(torch.float64)
-    torch.testing.assert_close(double(**batch).logits, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("targets", TARGETS, ids=str)
-def test_a_saved_adapter_loads_with_the_same_logits(bert, batch, tmp_path, targets):
-    model = randomise(float32(bert, rank=3, alpha=5, target_modules=targets, use_rslora=True, num_labels=3)).eval()
-    model.save_pretrained(tmp_path / "new" / "adapter")
-    loaded = LoRABertModel.from_pretrained(tmp_path / "new" / "adapter", dtype=torch.float32).eval()
-    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
-    assert sorted(file.name for file in (tmp_path / "new" / "adapter").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
 
 
 def test_bert_base_trains_as_many_parameters_as_predicted(tmp_path, capsys):
@@ -247,29 +180,19 @@ def no_weights(bert, tmp_path):
 
 
 WRONG = [
-    *({"rank": rank} for rank in (0, -1, 1.5, "8", True, 65)),
-    *({"alpha": alpha} for alpha in (0, -2, math.nan)),
-    *({"dropout": dropout} for dropout in (1.0, -0.1)),
+    *({"rank": 65}, {"alpha": 0}, {"dropout": 1.0}, {"dtype": torch.int8}),
     *({"target_modules": targets} for targets in ([], None, "", ["query", "qery"], "no_such_.*", ["classifier"])),
-    *({"num_labels": labels} for labels in (0, 1, 2.0)),
-    {"dtype": torch.int8},
+    *({"num_labels": labels} for labels in (1, 2.0)),
 ]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_a_wrong_argument_is_refused_before_any_weights_are_loaded(no_weights, wrong):
-    (name, value), *_ = wrong.items()
+    ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=name) as error:
         LoRABertModel(no_weights, **wrong)
-    shown = {"['query', 'qery']": "'qery'", "65": "65", "['classifier']": "'classifier'"}.get(str(value), repr(value))
-    assert shown in str(error.value)
+    assert repr(value[-1] if isinstance(value, list) and value else value) in str(error.value)
     assert "allowed" in str(error.value) or "must be" in str(error.value) or "at most" in str(error.value)
-
-
-@pytest.mark.parametrize("model_class", [LoRABertModel, qLoRABertModel])
-def test_all_options_are_given_by_name(no_weights, model_class):
-    with pytest.raises(TypeError, match="positional argument"):
-        model_class(no_weights, 8)
 
 
 def test_a_model_that_is_not_there_is_refused(bert, tmp_path):
@@ -283,18 +206,6 @@ def test_a_model_that_is_not_there_is_refused(bert, tmp_path):
         assert str(tmp_path) in str(error.value)
 
 
-def test_the_base_is_loaded_from_the_folder_and_named_by_its_name(bert, batch, tmp_path):
-    """The name may be a hub id that is not there, or another folder."""
-    models = []
-    for name, folder in ((str(bert), None), ("nobody/no-such-model", bert), (str(tmp_path), str(bert))):
-        torch.manual_seed(0)
-        models.append(float32(name, folder=folder).eval())
-        assert models[-1].model_name == name
-    for model in models[1:]:
-        assert model.fingerprint == models[0].fingerprint
-        assert torch.equal(model(**batch).logits, models[0](**batch).logits)
-
-
 def test_a_checkpoint_that_is_not_a_bert_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "distilbert"}))
     with pytest.raises(ValueError, match="distilbert"):
@@ -304,18 +215,8 @@ def test_a_checkpoint_that_is_not_a_bert_is_refused(tmp_path):
         LoRABertModel(str(tmp_path))
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 2], [-1, 0, 1], [0, 0, -100]])
+@pytest.mark.parametrize("labels", [[0, 1, 2], [0, 0, -100]])
 def test_a_label_out_of_range_is_refused(bert, batch, labels):
     with pytest.raises(ValueError, match="allowed are 0 to 1") as error:
         float32(bert)(**{**batch, "labels": torch.tensor(labels)})
     assert str(min(labels) if min(labels) < 0 else max(labels)) in str(error.value)
-
-
-def test_a_layer_that_several_targets_name_is_adapted_once_in_the_models_order(bert):
-    names = [f"layer.{i}.{part}" for i in (0, 1) for part in ("query", "value", "output.dense")]
-    targets = ["dense", "output.dense", "1.query", "query", "layer.0.query"]
-    assert match_targets(names, targets) == [name for name in names if not name.endswith("value")]
-    model = float32(bert, target_modules=targets[:2])
-    once = float32(bert, target_modules=targets[:1])
-    assert list(model.lora_layers()) == list(once.lora_layers())
-    assert {type(layer.base) for layer in model.lora_layers().values()} == {torch.nn.Linear}

@@ -4,9 +4,9 @@ import ast
 import asyncio
 import builtins
 import copy
-import importlib.metadata
 import itertools
 import json
+import os
 import queue
 import re
 import shutil
@@ -281,44 +281,59 @@ def colab_cell(notebook):
     return next(cell.source for cell in code_cells(notebook) if is_for_colab(cell))
 
 
-def test_on_colab_what_is_missing_is_fetched_and_installed_and_elsewhere_nothing(notebook, tmp_path, monkeypatch):
-    cell = re.sub('REPOSITORY = ".*"', 'REPOSITORY = ""', colab_cell(notebook))
-    ran = []
-    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+@pytest.fixture
+def pip_prints_what_it_installs(tmp_path, monkeypatch):
+    """Put a `pip` first on the path that writes the requirements it is given into installed.txt."""
+    (tmp_path / "bin").mkdir()
+    pip = tmp_path / "bin" / "pip"
+    pip.write_text("#!/bin/sh\n[ \"$*\" = 'install -q -r /dev/stdin' ] && cat > installed.txt\n")
+    pip.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+
+def test_on_colab_all_but_torch_is_installed_and_elsewhere_nothing(
+    notebook, tmp_path, monkeypatch, pip_prints_what_it_installs
+):
+    cell = colab_cell(notebook)
+    assert len(cell.strip().replace("\n\n", "\n").splitlines()) <= 6
     exec(cell, {})
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"start the kernel in the folder of lora_utils\.py .*--cwd"):
-        exec(cell, {})
-    assert ran == []
-
-    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
-    with pytest.raises(FileNotFoundError, match=r"upload lora_utils\.py, lora_lab/, tools/, requirements"):
+    with pytest.raises(AssertionError, match=r"start the kernel in the folder of lora_utils\.py .*--cwd"):
         exec(cell, {})
     (tmp_path / "lora_utils.py").touch()
-    here = importlib.metadata.version("accelerate")
-    lines = f"accelerate=={here}  # here\ntorch==1.0.0  # older\nno-such-package==3.1.0\ntransformers==99.0.0\n"
-    (tmp_path / "requirements.txt").write_text("# what is needed\n" + lines)
+    (tmp_path / "requirements.txt").write_text("torch==2.13.0\npeft==0.21.2\n")
     exec(cell, {})
-    assert [command[5:] for command in ran] == [["no-such-package==3.1.0", "transformers==99.0.0"]]
-
-
-def test_the_notebook_fetches_the_project_where_it_is_told_its_address(notebook, tmp_path, monkeypatch):
+    assert not Path("installed.txt").exists()
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
-    monkeypatch.chdir(tmp_path)
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", "published"]
-    (tmp_path / "published").mkdir()
-    (tmp_path / "published" / "lora_utils.py").touch()
-    (tmp_path / "published" / "requirements.txt").write_text("torch==1.0.0\n")
+    exec(cell, {})
+    assert Path("installed.txt").read_text() == "peft==0.21.2\n"
+
+
+def test_a_published_notebook_fetches_the_project_on_colab(
+    notebook, tmp_path, monkeypatch, pip_prints_what_it_installs
+):
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    published = tmp_path / "published"
+    published.mkdir()
+    (published / "lora_utils.py").touch()
+    (published / "requirements.txt").write_text("torch==1.0.0\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(published)]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
         subprocess.run([*git, *command], check=True)
-    cell = re.sub('REPOSITORY = ".*"', f'REPOSITORY = "file://{tmp_path}/published"', colab_cell(notebook))
+    for name in (*NOTEBOOKS, "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    publish("https://github.com/one/first", tmp_path)
+    name = NOTEBOOKS[0] if notebook.cells[0].source == read(NOTEBOOKS[0]).cells[0].source else NOTEBOOKS[1]
+    cell = colab_cell(nbformat.read(tmp_path / name, as_version=4))
+    cell = cell.replace("https://github.com/one/first", f"file://{published}")
+    (tmp_path / "content").mkdir()
+    monkeypatch.chdir(tmp_path / "content")
     for _ in ("at first", "after the session was restarted"):
-        monkeypatch.chdir(tmp_path)
         exec(cell, {})
-        assert (Path.cwd() / "lora_utils.py").is_file() and Path.cwd().name == "lesson"
+        assert Path("lora_utils.py").is_file()
 
 
-def test_publishing_writes_the_address_into_each_notebook_and_one_badge_a_notebook(tmp_path):
+def test_publishing_writes_the_address_into_each_notebook_and_one_badge_per_notebook(tmp_path):
     for name in (*NOTEBOOKS, "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     for address in ("https://github.com/one/first", "https://github.com/two/second.x"):
@@ -328,7 +343,8 @@ def test_publishing_writes_the_address_into_each_notebook_and_one_badge_a_notebo
         page = f"https://colab.research.google.com/github/two/second.x/blob/main/{name}"
         assert after.cells[0].source.count("badge.svg") == 1 and f"({page})" in after.cells[0].source
         changed = [b.source for a, b in zip(before.cells, after.cells, strict=True) if a.source != b.source]
-        assert len(changed) == 2 and 'REPOSITORY = "https://github.com/two/second.x"  # ' in changed[1]
+        assert len(changed) == 2 and changed[1].count("https://") == 1
+        assert "--depth=1 https://github.com/two/second.x" in changed[1]
     readme = (tmp_path / "README.md").read_text()
     assert readme.count("badge.svg") == 2 and readme.count("second.x/blob") == 2 and "first" not in readme[:600]
     with pytest.raises(ValueError, match=r"like https://github\.com/owner/name"):

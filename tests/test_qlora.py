@@ -1,10 +1,12 @@
 """Check `QuantizedLoRALayer`, `qLoRABertModel` and the ledger."""
 
 import copy
+import gc
 import itertools
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from lora_lab.ledger import Ledger, LedgerRow, memory_ledger
+from lora_lab.ledger import memory_ledger
 from lora_lab.rounding import WAYS, quantize_jointly, round_adapter
 from lora_utils import (
     LoRABertModel,
@@ -28,8 +30,10 @@ from lora_utils import (
     quantize,
 )
 
-BITS = range(2, 9)
-COMBINATIONS = list(itertools.product([2, 4, 8], [None, 8, 4]))
+BITS = [2, 3, 8]
+BASES = [None, 8, 4]
+COMBINATIONS = list(itertools.product(BITS, BASES))
+OF_A_MODEL = list(zip(BITS, BASES, strict=True))
 
 
 def layer_of(bits, base_bits=None, dtype=torch.float32, **options):
@@ -50,29 +54,20 @@ def qlora(bert, **options):
 # The layer ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("base_bits", [None, 8, 4])
-def test_while_b_is_zero_the_layer_computes_exactly_what_its_base_computes(bits, base_bits):
+@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
+def test_a_fresh_layer_computes_what_its_base_computes_and_b_learns_from_the_first_step(bits, base_bits):
     layer = layer_of(bits, base_bits)
     x = torch.randn(5, 64)
     nn.init.zeros_(layer.lora_B)
     assert torch.equal(layer(x), layer.base(x))
-    layer.pack()
-    assert torch.equal(layer(x), layer.base(x))
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("base_bits", [None, 8, 4])
-def test_gradients_reach_b_from_the_first_step_and_a_from_the_second(bits, base_bits):
-    layer = layer_of(bits, base_bits)
-    x = torch.randn(5, 64)
-    nn.init.zeros_(layer.lora_B)
-    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=1e-3)
     layer(x).square().sum().backward()
     assert layer.lora_A.grad.norm() == 0 and (layer.lora_B.grad.norm(dim=0) > 0).all()
-    optimizer.step()
+    torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=1e-3).step()
     layer(x).square().sum().backward()
     assert (layer.lora_A.grad.norm(dim=1) > 0).all()
+    nn.init.zeros_(layer.lora_B)
+    layer.pack()
+    assert torch.equal(layer(x), layer.base(x))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -96,8 +91,7 @@ def test_a_and_b_are_seen_through_one_scale_for_each_rank(bits):
     torch.testing.assert_close(layer.delta_weight(), layer.scaling * B @ A)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("base_bits", [None, 8, 4])
+@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_it_computes_the_same_to_the_last_bit_from_fewer_bytes(bits, base_bits, dtype):
     layer = layer_of(bits, base_bits, dtype)
@@ -130,7 +124,7 @@ def test_a_packed_layer_copies_saves_and_changes_dtype():
     assert copy.deepcopy(layer).half().A_scales.dtype == copy.deepcopy(layer).double().B_scales.dtype == torch.float32
     there_and_back = copy.deepcopy(layer).half().float()
     assert torch.equal(there_and_back.delta_weight(), layer.delta_weight())
-    assert "bits=3, packed=True" in repr(layer)
+    assert "rank=4, alpha=16, merged=False, bits=3, packed=True" in repr(layer)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -140,13 +134,11 @@ def test_it_merges_beside_a_float_base_and_unmerges_to_the_bit(packed):
     if packed:
         layer.pack()
     before = layer(x)
-    old = layer.base.weight.clone()
     layer.merge()
+    assert torch.equal(layer.merged_weight, layer.base.weight + layer.delta_weight())
     torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
-    assert torch.equal(layer.base.weight, old)
-    assert torch.equal(layer.merged_weight, old + layer.delta_weight())
     layer.unmerge()
-    assert torch.equal(layer.base.weight, old) and torch.equal(layer(x), before)
+    assert torch.equal(layer(x), before)
 
 
 @pytest.mark.parametrize("layer_class", [LoRALayer, QuantizedLoRALayer])
@@ -155,13 +147,6 @@ def test_merging_into_a_quantised_base_is_refused(layer_class):
     with pytest.raises(ValueError, match="merge_and_unload"):
         layer.merge()
     assert not layer.merged
-
-
-@pytest.mark.parametrize("bits", [1, 9, 4.5, 4.0, "8", None, True])
-def test_bits_out_of_range_are_refused(bits):
-    with pytest.raises(ValueError, match="allowed are 2, 3, 4, 5, 6, 7, 8") as error:
-        QuantizedLoRALayer(nn.Linear(8, 8), bits=bits)
-    assert f"bits is {bits!r}" in str(error.value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -189,7 +174,7 @@ def test_every_frozen_linear_layer_and_embedding_is_quantised_and_the_head_is_no
     assert all(layer.base.bits == base_bits for layer in model.lora_layers().values())
 
 
-@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
+@pytest.mark.parametrize("bits, base_bits", OF_A_MODEL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_combination_trains_packs_and_computes_the_same(bert, batch, bits, base_bits, dtype):
     torch.manual_seed(0)
@@ -209,59 +194,55 @@ def test_every_combination_trains_packs_and_computes_the_same(bert, batch, bits,
     expected = model(**batch).logits
     model.pack()
     assert torch.equal(model(**batch).logits, expected)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        "model.classifier.weight",
-        "model.classifier.bias",
-    }
+    assert all("classifier" in name for name, p in model.named_parameters() if p.requires_grad)
     model.unpack()
     assert torch.equal(model(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
-def test_under_one_seed_it_starts_from_the_a_and_head_of_unquantised_lora(bert, bits, base_bits):
+@pytest.mark.parametrize("base_bits", BASES)
+def test_under_one_seed_it_starts_from_the_a_and_head_of_unquantised_lora(bert, base_bits):
     torch.manual_seed(3)
     plain = LoRABertModel(str(bert)).state_dict()
     torch.manual_seed(3)
-    quantized = qLoRABertModel(str(bert), bits=bits, base_bits=base_bits).state_dict()
+    quantized = qLoRABertModel(str(bert), bits=3, base_bits=base_bits).state_dict()
     names = [name for name in plain if "lora_" in name or "classifier" in name]
     assert len(names) == 10 and all(torch.equal(plain[name], quantized[name]) for name in names)
 
 
-def test_an_unquantised_adapter_loads_by_its_state_dict(bert, batch):
-    plain = randomise(LoRABertModel(str(bert), dtype=torch.float32))
-    quantized = qlora(bert, bits=8)
-    quantized.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(quantized(**batch).logits, plain(**batch).logits, rtol=0.1, atol=0.1)
+@pytest.mark.parametrize("base_bits", ["plain LoRA", *BASES])
+def test_a_model_follows_a_change_of_dtype_a_copy_a_state_dict_and_autocast(bert, batch, base_bits):
+    def new():
+        plain = base_bits == "plain LoRA"
+        return LoRABertModel(str(bert), dtype=torch.float32) if plain else qlora(bert, base_bits=base_bits)
 
-
-@pytest.mark.parametrize("base_bits", [8, 4])
-def test_a_quantised_model_follows_a_change_of_dtype(bert, batch, base_bits):
-    model = randomise(qlora(bert, base_bits=base_bits)).eval()
+    model = randomise(new()).eval()
     expected = model(**batch).logits
+    other = new().eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(**batch).logits, expected)
+    assert torch.equal(copy.deepcopy(model)(**batch).logits, expected)
     torch.testing.assert_close(copy.deepcopy(model).double()(**batch).logits, expected, atol=1e-5, rtol=1e-5)
     in_bf16 = copy.deepcopy(model).bfloat16()
     torch.testing.assert_close(in_bf16(**batch).logits, expected, atol=0.2, rtol=0.2)
-    assert torch.equal(
-        in_bf16.float().model.bert.embeddings.word_embeddings.dequantize(),
-        (model.model.bert.embeddings.word_embeddings.dequantize()),
-    )
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(**batch).logits, expected, atol=0.2, rtol=0.2)
+    for module, back in zip(model.modules(), in_bf16.float().modules(), strict=True):
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+            assert torch.equal(module.dequantize(), back.dequantize())
 
 
 def test_a_quantised_base_computes_nearly_what_the_float_base_computes(bert, batch):
     ids = batch["input_ids"]
     mask = batch["attention_mask"]
     exact = qlora(bert).eval().model.bert(ids, attention_mask=mask).pooler_output
-    errors = [
-        (qlora(bert, base_bits=bits).eval().model.bert(ids, attention_mask=mask).pooler_output - exact).norm()
-        / exact.norm()
-        for bits in (8, 4)
-    ]
+    errors = []
+    for bits in (8, 4):
+        found = qlora(bert, base_bits=bits).eval().model.bert(ids, attention_mask=mask).pooler_output
+        errors.append((found - exact).norm() / exact.norm())
     assert errors[0] < 0.1 and errors[0] < errors[1] < 0.6
 
 
-@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
+@pytest.mark.parametrize("bits, base_bits", OF_A_MODEL)
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_is_saved_loads_packed_with_the_same_logits(bert, batch, tmp_path, bits, base_bits, packed):
     model = randomise(qlora(bert, bits=bits, base_bits=base_bits, rank=3, target_modules=["query", "dense"])).eval()
@@ -273,24 +254,8 @@ def test_what_is_saved_loads_packed_with_the_same_logits(bert, batch, tmp_path, 
     loaded = qLoRABertModel.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
     assert all(layer.packed for layer in loaded.lora_layers().values()) and not loaded.training
     assert torch.equal(loaded(**batch).logits, expected)
-    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
-        "adapter_quantized.safetensors",
-        "quantized_config.json",
-    ]
-
-
-def test_what_is_saved_loads_in_a_fresh_process_with_the_same_logits(bert, batch, tmp_path):
-    model = randomise(qlora(bert, bits=3, base_bits=4)).eval()
-    model.save_pretrained(tmp_path)
-    save_file(batch, tmp_path / "batch.safetensors")
-    code = (
-        "import sys, torch; from safetensors.torch import load_file, save_file; from lora_utils import qLoRABertModel\n"
-        "model = qLoRABertModel.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
-        "logits = model(**load_file(sys.argv[1] + '/batch.safetensors')).logits.detach()\n"
-        "save_file({'logits': logits}, sys.argv[1] + '/logits.safetensors')"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
-    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], model(**batch).logits)
+    files = sorted(file.name for file in (tmp_path / "adapter").iterdir())
+    assert files == ["adapter_quantized.safetensors", "quantized_config.json"]
 
 
 def test_a_trained_lora_that_is_rounded_jointly_is_saved_as_packed_integers(bert, tmp_path):
@@ -307,17 +272,6 @@ def test_a_trained_lora_that_is_rounded_jointly_is_saved_as_packed_integers(bert
         torch.testing.assert_close(loaded.lora_layers()[name].delta_weight(), layer.delta_weight())
 
 
-def test_what_is_unpacked_trains_with_a_new_optimizer(bert, batch):
-    model = randomise(qlora(bert, bits=4))
-    model.pack()
-    model.unpack()
-    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    model(**batch).loss.backward()
-    optimizer.step()
-    assert len(before) == 10 and not any(torch.equal(model.get_parameter(name), old) for name, old in before.items())
-
-
 def test_on_request_it_is_saved_for_peft_too(bert, batch, tmp_path):
     model = randomise(qlora(bert, bits=4)).eval()
     model.save_pretrained(tmp_path, peft=True)
@@ -325,15 +279,7 @@ def test_on_request_it_is_saved_for_peft_too(bert, batch, tmp_path):
     torch.testing.assert_close(theirs(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_peft_does_not_take_packed_integers_for_its_own(bert, tmp_path):
-    qlora(bert).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="adapter_config"):
-        PeftModel.from_pretrained(BertForSequenceClassification.from_pretrained(bert), tmp_path)
-    with pytest.raises(ValueError, match=r"no adapter_config\.json"):
-        LoRABertModel.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
+@pytest.mark.parametrize("bits, base_bits", OF_A_MODEL)
 def test_merge_and_unload_gives_a_plain_float32_bert_with_the_same_logits(bert, batch, bits, base_bits):
     model = randomise(qlora(bert, bits=bits, base_bits=base_bits, target_modules="all-linear")).eval()
     expected = model(**batch).logits
@@ -346,7 +292,7 @@ def test_merge_and_unload_gives_a_plain_float32_bert_with_the_same_logits(bert, 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"bits": b} for b in (1, 9, 4.5, "8", None)] + [{"base_bits": b} for b in (3, 16, 4.0, "4", True)],
+    [{"bits": b} for b in (1, 9, 4.5)] + [{"base_bits": b} for b in (3, 16, 4.0, "4", True)],
     ids=str,
 )
 def test_wrong_bits_are_refused_before_any_weights_are_loaded(tmp_path, wrong):
@@ -410,7 +356,7 @@ def storages(tensors):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize("bits, base_bits", COMBINATIONS)
+@pytest.mark.parametrize("bits, base_bits", OF_A_MODEL)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_ledger_counts_what_the_storages_hold(bert, batch, bits, base_bits, packed):
     model = qlora(bert, bits=bits, base_bits=base_bits, dtype=torch.bfloat16)
@@ -430,6 +376,15 @@ def test_the_ledger_counts_what_the_storages_hold(bert, batch, bits, base_bits, 
     ledger = memory_ledger(model, optimizer, batch)
     assert ledger.total_bytes() == storages([*held, *saved]) > storages(held) and output.loss > 0
     assert ledger.total_bytes("saved for backward") == storages([*held, *saved]) - storages(held)
+
+
+def test_the_ledger_keeps_nothing_of_a_model_alive(bert, batch):
+    model = LoRABertModel(str(bert))
+    memory_ledger(model, batch=batch)
+    references = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert all(reference() is None for reference in references)
 
 
 def test_the_ledger_counts_merged_weights_too(bert):
@@ -454,15 +409,12 @@ def test_the_ledger_names_what_it_counts(bert):
     assert rows["embeddings", "NF4"] == ((30522 + 512 + 2) * 64, (30522 + 512 + 2) * 32)
     assert not any(what == "gradients" for what, _ in rows)
     ledger = memory_ledger(model)
-    assert isinstance(ledger, Ledger) and all(isinstance(row, LedgerRow) for row in ledger)
     assert "frozen weights" in str(ledger) and f"{ledger.total_bytes():,}" in str(ledger)
 
 
 def test_the_decoded_weights_of_a_quantised_base_are_not_saved_for_backward(bert, batch):
-    saved = [
-        memory_ledger(qlora(bert, base_bits=bits), batch=batch).total_bytes("saved for backward") for bits in (None, 4)
-    ]
-    assert saved[1] <= saved[0]
+    plain, quantized = (memory_ledger(qlora(bert, base_bits=bits), batch=batch) for bits in (None, 4))
+    assert quantized.total_bytes("saved for backward") <= plain.total_bytes("saved for backward")
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -490,21 +442,16 @@ def bert_base(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits, share", [(8, 3.9), (4, 7.7), (2, 15)])
-def test_the_adapter_of_bert_base_shrinks_as_promised(bert_base, tmp_path, bits, share):
-    model = qLoRABertModel(str(bert_base), bits=bits)
-    model.save_pretrained(tmp_path)
-    size = sum(
-        t.nbytes for name, t in load_file(tmp_path / "adapter_quantized.safetensors").items() if "class" not in name
-    )
-    assert size <= 4 * 294_912 / share and f"{size:,} at {bits} bits" in (ROOT / "README.md").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("base_bits, where", [(None, "in bfloat16"), (8, "at 8 bits"), (4, "at 4 bits")])
-def test_the_readme_has_the_megabytes_of_bert_base(bert_base, base_bits, where):
-    model = qLoRABertModel(str(bert_base), bits=8, base_bits=base_bits, dtype=torch.bfloat16)
-    assert f"{memory_ledger(model).total_bytes() / 1e6:.1f} MB {where}" in (ROOT / "README.md").read_text()
+def test_the_readme_has_the_sizes_of_bert_base(bert_base):
+    readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for bits in (8, 4, 2):
+        model = qLoRABertModel(str(bert_base), bits=bits)
+        model.pack()
+        size = memory_ledger(model).total_bytes("A and B", "scales of A and B")
+        assert f"{size:,} at {bits} bits" in readme
+    for base_bits, where in ((None, "in bfloat16"), (8, "at 8 bits"), (4, "at 4 bits")):
+        model = qLoRABertModel(str(bert_base), bits=8, base_bits=base_bits, dtype=torch.bfloat16)
+        assert f"{memory_ledger(model).total_bytes() / 1e6:.1f} MB {where}" in readme
 
 
 @pytest.mark.slow

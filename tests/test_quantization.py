@@ -12,16 +12,16 @@ from torch import nn
 
 from lora_lab.rounding import WAYS, quantize_jointly
 from lora_utils import (
-    _DYNAMIC_8BIT_CODE,
-    _NF4,
     QuantizedEmbedding,
     QuantizedLinear,
+    QuantizedLoRALayer,
     dequantize,
     pack,
     quantize,
     unpack,
 )
 
+NF4 = bnb.get_4bit_type("nf4", "cpu")
 BITS = st.integers(2, 8)
 NUMBERS = st.one_of(
     st.sampled_from([0.0, 1.0, -1.0, 1e-45, -1e-40, 1e-38, 1e-30, 3.4e38, -3.4e38, 65504.0]),
@@ -71,8 +71,8 @@ def test_rounding_what_was_rounded_changes_nothing(x, bits):
     assert torch.equal(q, again) and torch.equal(scale, same_scale)
 
 
-@pytest.mark.parametrize("width", [1, 64, 384, 768, 3072, 5000])
-@pytest.mark.parametrize("rank", [1, 8, 64])
+@pytest.mark.parametrize("width", [1, 768, 5000])
+@pytest.mark.parametrize("rank", [1, 64])
 def test_a_row_is_rounded_the_same_among_others_and_from_a_transposed_matrix(rank, width):
     torch.manual_seed(rank)
     A = torch.randn(rank, width)
@@ -97,11 +97,6 @@ def test_the_error_on_normal_numbers_falls_with_the_bits(bits, most):
     assert (dequantize(*quantize(x, bits)) - x).norm() < most * x.norm()
 
 
-def test_scales_cost_less_than_a_twentieth_of_a_bit_a_weight_at_width_768():
-    _, scale = quantize(torch.randn(8, 768), 4)
-    assert 8 * scale.nbytes / (8 * 768) < 0.05
-
-
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), BITS, st.integers(0, 999))
 def test_packing_takes_no_gaps_and_gives_the_same_integers_back(shape, bits, seed):
@@ -112,12 +107,6 @@ def test_packing_takes_no_gaps_and_gives_the_same_integers_back(shape, bits, see
     packed = pack(q, bits)
     assert packed.dtype == torch.uint8 and len(packed) == math.ceil(q.numel() * bits / 8)
     assert torch.equal(unpack(packed, bits, q.shape), q)
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_every_integer_survives_packing(bits):
-    q = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8)
-    assert torch.equal(unpack(pack(q, bits), bits, q.shape), q)
 
 
 # Rounding A and B jointly --------------------------------------------------------------------------
@@ -148,11 +137,11 @@ def test_rounded_jointly_the_product_keeps_more_than_rounded_apart(bits):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_other_ways_round_a_and_b_apart_with_one_scale_for_each_rank(bits):
-    assert list(WAYS) == ["absmax", "half steps", "together"] and WAYS["together"] is quantize_jointly
     A, B = trained_pair()
     new_A, new_B = WAYS["half steps"](A, B, bits)
     assert torch.equal(new_A, dequantize(*quantize(A, bits))) and torch.equal(new_B, dequantize(*quantize(B.T, bits)).T)
-    for rows, rounded in zip((A, B.T), (WAYS["absmax"](A, B, bits)[0], WAYS["absmax"](A, B, bits)[1].T), strict=True):
+    common_A, common_B = WAYS["absmax"](A, B, bits)
+    for rows, rounded in ((A, common_A), (B.T, common_B.T)):
         top = 2 ** (bits - 1) - 1
         step = rows.double().abs().amax(1, keepdim=True) / top
         expected = (rows.double() / step).round().clamp(-top, top) * step
@@ -185,36 +174,29 @@ SHAPES = [(64, 3), (128, 65), (384, 384), (768, 96), (3072, 48)]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_nf4_bytes_and_values_are_those_of_bitsandbytes(shape, dtype, monkeypatch):
+def test_nf4_bytes_and_values_are_those_of_bitsandbytes(shape, dtype):
     layer = linear(*shape, dtype=dtype)
     ours = QuantizedLinear(layer, 4)
-    codes, state = bnb.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4")
+    codes, theirs = bnb.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True)
     assert torch.equal(ours.codes, codes.flatten())
-
-    nested = bnb.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True)[1]
     assert ours.offset.dtype == ours.absmax.dtype == torch.float32
-    assert torch.equal(ours.offset[0], nested.offset)
-    assert torch.equal(ours.absmax, nested.state2.absmax)
-    assert (ours.scale_codes.int() - nested.absmax.int()).abs().max() <= 1
-    widest = _DYNAMIC_8BIT_CODE.diff().max() * nested.state2.absmax.max()
-    assert (ours._nf4_scales() - state.absmax).abs().max() <= widest
+    assert torch.equal(ours.offset[0], theirs.offset) and torch.equal(ours.absmax, theirs.state2.absmax)
+    assert (ours.scale_codes.int() - theirs.absmax.int()).abs().max() <= 1
 
-    state.dtype = torch.float32
-    monkeypatch.setattr(ours, "_nf4_scales", lambda: state.absmax)  # not quantised a second time
-    assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(codes, state).view(layer.weight.shape))
-
-
-def test_the_code_of_the_scales_is_that_of_bitsandbytes():
-    assert torch.equal(_DYNAMIC_8BIT_CODE, bnb.create_dynamic_map())
-    assert torch.equal(_NF4, bnb.get_4bit_type("nf4", "cpu"))
+    theirs.dtype = torch.float32
+    expected = bnb.dequantize_4bit(codes, theirs).view(layer.weight.shape)
+    one_code = bnb.create_dynamic_map().diff().max() * theirs.state2.absmax.max()
+    assert (ours.dequantize() - expected).abs().max() <= one_code
+    ours.scale_codes.copy_(theirs.absmax)
+    assert torch.equal(ours.dequantize(), expected)
 
 
 def test_the_nearest_code_of_a_tie_is_the_lower():
-    middles = (_NF4[:-1] + _NF4[1:]) / 2
+    middles = (NF4[:-1] + NF4[1:]) / 2
     layer = nn.Linear(64, 1, bias=False)
     layer.weight.data = torch.cat([middles, torch.ones(49)])[None]  # the largest is 1, so the middles are not scaled
     decoded = QuantizedLinear(layer, 4).dequantize()[0]
-    torch.testing.assert_close(decoded[:15] / decoded[-1], _NF4[:15])
+    torch.testing.assert_close(decoded[:15] / decoded[-1], NF4[:15])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -234,7 +216,7 @@ def test_nf4_is_right_at_widths_that_are_not_whole_blocks(shape):
     assert len(ours.codes) == math.ceil(weight.numel() / 2)
     flat = torch.cat([weight.flatten(), torch.zeros(-weight.numel() % 64)]).view(-1, 64)
     scale = flat.abs().amax(1, keepdim=True)
-    expected = (_NF4[(flat / scale)[..., None].sub(_NF4).abs().argmin(-1)] * scale).flatten()[: weight.numel()]
+    expected = (NF4[(flat / scale)[..., None].sub(NF4).abs().argmin(-1)] * scale).flatten()[: weight.numel()]
     torch.testing.assert_close(ours.dequantize().flatten(), expected, rtol=0.02, atol=0.02 * weight.abs().max().item())
     assert (ours.dequantize() - weight).norm() < 0.11 * weight.norm()
 
@@ -269,18 +251,6 @@ def test_any_finite_weight_is_quantised_within_a_step_of_its_scale(x, bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_nothing_decoded_is_kept_for_backward(bits):
-    ours = QuantizedLinear(linear(128, 48), bits)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = ours(torch.randn(3, 128, requires_grad=True))
-    assert not saved and not any(torch.is_tensor(value) for value in vars(y.grad_fn.next_functions[0][0]).values())
-    ours.codes = None  # backward reads them again
-    with pytest.raises(AttributeError):
-        y.sum().backward()
-
-
-@pytest.mark.parametrize("bits", [4, 8])
 def test_a_change_of_dtype_a_copy_and_a_state_dict_do_not_change_the_bytes(bits):
     ours = QuantizedLinear(linear(128, 48), bits)
     exact = ours.dequantize()
@@ -306,33 +276,41 @@ def test_an_embedding_gives_the_rows_that_it_decodes_to(bits, width):
     assert QuantizedEmbedding(embedding, bits, torch.bfloat16)(ids).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("bits", [1, 2, 9, 4.0, 4.5, "8", None, True, 16])
-def test_bits_that_a_frozen_weight_cannot_have_are_refused(bits):
-    with pytest.raises(ValueError, match=r"bits is .*allowed are 4, 8") as error:
-        QuantizedLinear(nn.Linear(8, 8), bits)
-    assert repr(bits) in str(error.value)
+@pytest.mark.parametrize("bits", [1, 9, 4.0, "8", None, True])
+@pytest.mark.parametrize(
+    "use, allowed",
+    [
+        (lambda bits: quantize(torch.ones(2, 3), bits), "2, 3, 4, 5, 6, 7, 8"),
+        (lambda bits: QuantizedLoRALayer(nn.Linear(8, 8), bits=bits), "2, 3, 4, 5, 6, 7, 8"),
+        (lambda bits: QuantizedLinear(nn.Linear(8, 8), bits), "4, 8"),
+    ],
+    ids=["integers", "an adapter", "a frozen weight"],
+)
+def test_bits_that_are_not_possible_are_refused(use, allowed, bits):
+    with pytest.raises(ValueError, match=f"^bits is {bits!r}: allowed are {allowed}$"):
+        use(bits)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_weight_that_is_not_finite_is_refused_by_name(bits, value):
-    layer = linear(128, 48)
-    with torch.no_grad():
-        layer.weight[5, 7] = value
-    with pytest.raises(ValueError, match=f"the weight holds {abs(value)}"):
-        QuantizedLinear(layer, bits)
-
-
-@pytest.mark.parametrize("bits", [1, 9, 4.0, "8", None])
-def test_bits_that_integers_cannot_have_are_refused(bits):
-    with pytest.raises(ValueError, match=r"bits is .*allowed are 2, 3, 4, 5, 6, 7, 8"):
-        quantize(torch.ones(2, 3), bits)
+def layer_with(matrix):
+    layer = nn.Linear(matrix.shape[1], len(matrix))
+    layer.weight = nn.Parameter(matrix)
+    return layer
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_matrix_that_is_not_finite_is_refused_by_name(value):
-    with pytest.raises(ValueError, match=f"the matrix to quantise holds {value}"):
-        quantize(torch.tensor([[1.0, value]]), 4)
+@pytest.mark.parametrize(
+    "use, name",
+    [
+        (lambda matrix: quantize(matrix, 4), "the matrix to quantise"),
+        (lambda matrix: quantize_jointly(matrix, torch.ones(5, 2), 4), "A"),
+        (lambda matrix: QuantizedLinear(layer_with(matrix), 8), "the weight"),
+        (lambda matrix: QuantizedLinear(layer_with(matrix), 4), "the weight"),
+    ],
+    ids=["integers", "jointly", "int8", "NF4"],
+)
+def test_a_matrix_that_is_not_finite_is_refused_by_name(use, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} holds -?{abs(value)}, which is not finite"):
+        use(torch.tensor([[0.5, 1.0, value], [1.0, 2.0, 3.0]]))
 
 
 def test_ids_out_of_range_are_refused_as_by_any_embedding():
@@ -348,14 +326,6 @@ def test_the_largest_floats_do_not_decode_to_infinity():
     layer.weight.data[7] = 0
     for bits in (4, 8):
         assert QuantizedLinear(layer, bits).dequantize().isfinite().all()
-
-
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_rounding_jointly_refuses_what_is_not_finite(wrong):
-    A, B = trained_pair()
-    A[0, 0] = wrong
-    with pytest.raises(ValueError, match=f"A holds {wrong}"):
-        quantize_jointly(A, B, 4)
 
 
 def test_packed_bytes_of_another_length_are_refused_and_a_number_that_is_too_large_stays_alone():

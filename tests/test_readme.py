@@ -1,5 +1,6 @@
-"""The numbers in the README are those of the results files, and the results keep what the lessons promise."""
+"""The READMEs hold the numbers of the results files, their commands exist, and the results keep what is promised."""
 
+import ast
 import json
 import re
 import statistics
@@ -7,11 +8,17 @@ import subprocess
 from pathlib import Path
 
 import accuracy
+import check_lesson
 import pytest
 import sweep
 
+import lora_utils
+from lora_lab import compare
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+TABLES = (ROOT / "benchmarks" / "README.md").read_text()
+NOTEBOOKS = ["LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 
 
 def lines_of(name):
@@ -29,10 +36,13 @@ def results():
     return groups
 
 
-def test_the_readme_has_the_mean_and_spread_of_every_benchmarked_method():
+def test_the_tables_have_the_mean_and_range_of_every_benchmarked_method():
     for key, scores in results().items():
-        row = f"{statistics.fmean(scores):.1f} | {min(scores):.1f} to {max(scores):.1f}"
-        assert len(scores) >= 3 and row in README, (key, row)
+        row = f"| {statistics.fmean(scores):.1f} | {min(scores):.1f} to {max(scores):.1f} |"
+        if key[0].startswith("head"):
+            row = f"| 770 |  | {scores[0]:.1f} | one run |"  # it draws nothing, so that all seeds give the same
+        assert len(scores) >= 3 or row.endswith("one run |")
+        assert row in TABLES, (key, row)
 
 
 def test_every_result_holds_one_prediction_a_sentence_and_its_accuracy():
@@ -44,8 +54,9 @@ def test_every_result_holds_one_prediction_a_sentence_and_its_accuracy():
 
 def test_lora_beats_the_head_alone_by_what_the_lesson_claims():
     scores = {key[:3]: statistics.fmean(values) for key, values in results().items()}
-    head, lora = scores["head", "['query', 'value']", 8], scores["lora", "['query', 'value']", 8]
-    assert lora >= 86.5 and lora > head + 10 and scores["lora", "all-linear", 32] >= 88.5
+    best_head = max(scores["head", "None", None], scores["head on mean of tokens", "None", None])
+    lora = scores["lora", "['query', 'value']", 8]
+    assert lora >= 86.5 and lora > best_head + 5 and scores["lora", "all-linear", 32] >= 88.5
 
 
 @pytest.mark.parametrize(
@@ -57,17 +68,17 @@ def test_quantised_lora_keeps_its_accuracy_over_five_paired_seeds(where, bits, b
     differences = accuracy.paired_differences(lines_of("quantised.jsonl"))[where, bits, base_bits]
     mean, low, high = accuracy.interval(list(differences.values()))
     assert len(differences) == 5 and mean >= least
-    assert f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" in README
+    assert f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" in TABLES
 
 
-def test_rounding_after_training_loses_what_the_readme_says():
+def test_rounding_after_training_loses_what_the_tables_say():
     lines = lines_of("after_training.jsonl")
     errors = {(line["seed"], line["bits"], line["way"]): line["error"] for line in lines}
     for bits in (8, 4, 3, 2):
         for way in ("absmax", "half steps", "together"):
             group = [line for line in lines if (line["bits"], line["way"]) == (bits, way)]
             error, score = (statistics.fmean(line[key] for line in group) for key in ("error", "accuracy"))
-            assert len(group) == 5 and f"{error:.3f}, {100 * score:.1f} %" in README
+            assert len(group) == 5 and f"{error:.3f}, {100 * score:.1f} %" in TABLES
     for seed in {line["seed"] for line in lines}:
         assert errors[seed, 8, "together"] <= 0.012 and errors[seed, 8, "half steps"] <= 0.012
         for bits, share in ((4, 0.85), (3, 0.65), (2, 0.45)):
@@ -95,8 +106,13 @@ def test_the_sweep_shows_what_the_lessons_say_of_it():
         chosen = [line for line in lines if line["settings"] == sweep.DEFAULT | changed]
         return 100 * statistics.fmean(line["results"][where]["accuracy"] for line in chosen)
 
-    head, lora = score(method="head", rank=0, learning_rate=0.1), score()
-    assert lora > head + 10 and score(rank=1) > head + 10
+    pooled, mean = (score(**varied) for varied in sweep.HEAD)
+    lora = score()
+    assert mean > pooled + 3 and lora > mean + 3 and score(rank=1) > pooled + 5
+    runs = compare.read_runs(ROOT / "benchmarks" / "results" / "sweep.jsonl")
+    for where in ("validation", "held-out"):
+        tests = compare.compare_seeds(compare.select(runs), compare.head_only(runs, "mean of tokens"), where)
+        assert all(test.p < 0.05 and test.first_only > test.second_only for test in tests)
     for bits in (8, 4, 3, 2):
         assert abs(score(method="qlora", bits=bits) - lora) < 1
     for base_bits in (8, 4):
@@ -113,7 +129,58 @@ def test_nothing_stray_lies_at_the_top():
     assert fixed <= top <= fixed | notebooks | {"lora_lab", "data", "tests", "tools", "benchmarks"}
 
 
-def test_every_file_that_the_readme_links_is_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
-    assert not re.search(r"@[A-Z]+@", README)
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", *NOTEBOOKS])
+def test_every_file_and_heading_that_is_linked_is_there(name):
+    text = check_lesson.text_of(ROOT / name)
+    assert check_lesson.check_links(name, text) == []
+    assert not re.search(r"@[A-Z]+@", text)
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_the_sentences_of_the_readmes_are_short(name):
+    assert check_lesson.check_sentences(name, check_lesson.text_of(ROOT / name)) == []
+
+
+def test_the_readme_is_a_front_door():
+    assert len(README.splitlines()) <= 220
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    assert max(row.replace("\\|", "").count("|") - 1 for row in rows) <= 6
+    headings = re.findall(r"(?m)^## (.*)$", README)
+    for heading in ("Run it", "Overview", "What the notebooks do", "Where things are", "Prerequisites", "Limits"):
+        assert heading in headings
+    assert headings[-3:] == ["Carry on", "Acknowledgements", "License"]
+
+
+def test_every_command_in_the_readmes_exists():
+    commands = re.findall(r"`([^`\n]+)`", README + TABLES)
+    commands += [
+        line.partition(" #")[0]
+        for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    makefile = (ROOT / "Makefile").read_text()
+    seen = set()
+    for command in commands:
+        for target in re.findall(r"\bmake ([a-z-]+)", command):
+            assert re.search(rf"(?m)^{target}:", makefile), command
+            seen.add("make")
+        for file in re.findall(r"(?:python |-r |nproc-per-node=2 )([\w./-]+\.(?:py|txt))", command):
+            assert (ROOT / file).is_file(), command
+            seen.add(file)
+        if "papermill" in command:
+            parameters = re.findall(r"-p (\w+)", command)
+            assert parameters and all(f"{name} = " in (ROOT / NOTEBOOKS[0]).read_text() for name in parameters)
+            seen.add("papermill")
+    assert {"make", "papermill", "requirements.txt", "benchmarks/speed.py", "tools/several_processes.py"} <= seen
+
+
+def test_the_code_in_the_readme_calls_what_is_there():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    called = 0
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module == "lora_utils" and all(hasattr(lora_utils, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert hasattr(lora_utils.qLoRABertModel, node.func.attr), node.func.attr
+            called += 1
+    assert called >= 6

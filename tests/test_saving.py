@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import time
 import warnings
 
 import pytest
 import torch
-from conftest import ROOT, randomise
+from conftest import ROOT, full_disk, randomise
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -59,6 +56,12 @@ def stored(change, record=True):
     return damage
 
 
+def save_as_peft(model, folder):
+    """Save an adapter with no record of ours."""
+    model.save_pretrained(folder)
+    stored(lambda tensors: None, record=False)(folder)
+
+
 def cut(folder):
     file = folder / TENSORS
     file.write_bytes(file.read_bytes()[:-100])
@@ -85,10 +88,11 @@ def of_another_base(folder):
     write_record(folder, read_record(folder) | {"base_sha256": "0" * 64})
 
 
-def of_another_kind(folder):
+def of_a_run(folder):
     write_record(folder, {"settings": {}})
 
 
+ANOTHER_BASE = "was trained on a base with the SHA-256 000.*load it into a model of its base"
 # What is wrong, how it is made, what our message says, what PEFT does with the same folder.
 DAMAGES = [
     ("no config", lambda folder: (folder / CONFIG).unlink(), "no adapter_config.json", "refuses"),
@@ -101,7 +105,7 @@ DAMAGES = [
     ("another scaling", configured(use_rslora=True), "use_rslora=True.*False", "loads"),
     ("another rank", configured(r=4), "r=4.*8", "refuses"),
     ("fewer targets", configured(target_modules=["query"]), "target_modules=.*'value'", "loads"),
-    ("another base", of_another_base, "was trained on a base with the SHA-256 000", "loads"),
+    ("another base", of_another_base, ANOTHER_BASE, "loads"),
     ("a tensor missing", stored(lambda t: t.pop(A)), f"{A}=nothing, but 'float32 .8, 64.' is expected", "loads"),
     (
         "a tensor too many",
@@ -121,40 +125,56 @@ DAMAGES = [
     ("ranks by layer", configured(rank_pattern={"query": 2}), "rank_pattern", "refuses"),
     ("another task", configured(task_type="TOKEN_CLS"), "task_type='TOKEN_CLS'", "loads"),
     ("a base changed by its start", configured(init_lora_weights="pissa"), "init_lora_weights='pissa'", "loads"),
-    ("a training run for an adapter", of_another_kind, "record of something else", "loads"),
+    ("a training run for an adapter", of_a_run, "record of something else", "loads"),
     ("an option of tomorrow", configured(use_magic=True), "use_magic=True", "loads"),
 ]
+QUANTISED = [
+    ("a tensor missing", stored(lambda t: t.pop("classifier.bias")), "classifier.bias=nothing, but 'float32 .2,.' is"),
+    ("no record", stored(lambda t: None, record=False), "no record"),
+    ("another base", of_another_base, ANOTHER_BASE),
+    ("other bits", configured(bits=8), "bits=8.*4"),
+    ("another base_bits", configured(base_bits=4), "base_bits=4.*None"),
+    ("a field too many", configured(shift=1), "shift=1.*nothing"),
+    ("an infinite scale", stored(lambda t: t[next(n for n in t if "A_scales" in n)].fill_(float("inf"))), "not finite"),
+    ("floats for codes", stored(lambda t: t.update({n: t[n].float() for n in t if "A_codes" in n})), "float32"),
+]
+REFUSALS = [pytest.param(lora, damage, message, id=what) for what, damage, message, _ in DAMAGES]
+REFUSALS += [pytest.param(qlora, damage, message, id=f"{what}, quantised") for what, damage, message in QUANTISED]
 
 
-@pytest.mark.parametrize("what, damage, message, peft", DAMAGES, ids=[what for what, *_ in DAMAGES])
+@pytest.mark.parametrize("make, damage, message", REFUSALS)
 def test_a_damaged_or_mismatched_folder_is_refused_and_the_model_stays_as_it_was(
-    bert, batch, tmp_path, what, damage, message, peft
+    bert, batch, tmp_path, make, damage, message
 ):
-    lora(bert).save_pretrained(tmp_path)
+    make(bert).save_pretrained(tmp_path)
     damage(tmp_path)
-    model = randomise(LoRABertModel(str(bert), dtype=torch.float32, rank=2), seed=5).eval()
+    model = make(bert, rank=2)
     before = model(**batch).logits
     layers = model.lora_layers()
-    for load in (LoRABertModel.from_pretrained, model.load_adapter):
+    for load in (type(model).from_pretrained, model.load_adapter):
         with pytest.raises(ValueError, match=message) as refusal:
             load(tmp_path)
         assert str(tmp_path) in str(refusal.value)
     assert torch.equal(model(**batch).logits, before) and model.lora_layers() == layers
 
 
-@pytest.mark.parametrize("what, damage, message, peft", DAMAGES, ids=[what for what, *_ in DAMAGES])
-def test_what_peft_does_with_the_same_folder(bert, tmp_path, what, damage, message, peft):
+@pytest.mark.slow
+def test_peft_does_with_the_same_folders_what_the_table_and_the_readme_say(bert, tmp_path):
     """Show why we check: PEFT loads silently much of what we refuse. Its format is not at fault."""
-    lora(bert).save_pretrained(tmp_path)
-    damage(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            PeftModel.from_pretrained(BertForSequenceClassification.from_pretrained(bert), tmp_path)
-            found = "loads"
-        except Exception:  # of many kinds
-            found = "refuses"
-    assert found == peft
+    found = {}
+    for what, damage, *_ in DAMAGES:
+        lora(bert).save_pretrained(tmp_path / what)
+        damage(tmp_path / what)
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                PeftModel.from_pretrained(BertForSequenceClassification.from_pretrained(bert), tmp_path / what)
+                found[what] = "loads"
+            except Exception:  # of many kinds
+                found[what] = "refuses"
+    assert found == {what: peft for what, *_, peft in DAMAGES}
+    refused = list(found.values()).count("refuses")
+    claim = f"of its {len(DAMAGES)} kinds of damage PEFT refuses {refused} and loads {len(DAMAGES) - refused}."
+    assert claim in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 FEATURES = {"not LoRA", "DoRA", "trained biases", "ranks by layer", "another task", "a base changed by its start"}
@@ -165,8 +185,7 @@ OPTIONS = [damage for damage in DAMAGES if damage[0] in FEATURES]
 @pytest.mark.parametrize("what, damage, message, peft", OPTIONS, ids=[what for what, *_ in OPTIONS])
 @pytest.mark.filterwarnings(UNVERIFIED)
 def test_what_peft_has_and_we_have_not_is_refused_in_a_folder_of_pefts(bert, tmp_path, what, damage, message, peft):
-    lora(bert).save_pretrained(tmp_path)
-    stored(lambda tensors: None, record=False)(tmp_path)
+    save_as_peft(lora(bert), tmp_path)
     LoRABertModel.from_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=f"{message}.*allowed is"):
@@ -175,8 +194,7 @@ def test_what_peft_has_and_we_have_not_is_refused_in_a_folder_of_pefts(bert, tmp
 
 @pytest.mark.parametrize("targets", [5, {"a": 1}, "(", []], ids=str)
 def test_targets_that_are_none_are_refused_in_a_folder_of_pefts(bert, tmp_path, targets):
-    lora(bert).save_pretrained(tmp_path)
-    stored(lambda tensors: None, record=False)(tmp_path)
+    save_as_peft(lora(bert), tmp_path)
     configured(target_modules=targets)(tmp_path)
     with pytest.raises(ValueError, match="target_modules is"):
         LoRABertModel.from_pretrained(tmp_path)
@@ -185,8 +203,7 @@ def test_targets_that_are_none_are_refused_in_a_folder_of_pefts(bert, tmp_path, 
 @pytest.mark.filterwarnings(UNVERIFIED)
 def test_what_peft_leaves_out_has_pefts_default_whatever_the_model_had(bert, batch, tmp_path):
     other = lora(bert)
-    other.save_pretrained(tmp_path)
-    stored(lambda tensors: None, record=False)(tmp_path)
+    save_as_peft(other, tmp_path)
     configured(use_rslora=None, lora_dropout=None)(tmp_path)
     model = lora(bert, use_rslora=True, dropout=0.5)
     model.load_adapter(tmp_path)
@@ -205,35 +222,6 @@ def test_an_adapter_that_diverged_does_not_take_the_place_of_a_good_one(bert, ba
     assert torch.equal(type(model).from_pretrained(tmp_path, dtype=torch.float32)(**batch).logits, expected)
 
 
-QUANTISED = [
-    (
-        "a tensor missing",
-        stored(lambda t: t.pop("classifier.bias"), record=True),
-        "classifier.bias=nothing, but 'float32 .2,.' is expected",
-    ),
-    ("no record", stored(lambda t: None, record=False), "no record"),
-    ("other bits", configured(bits=8), "bits=8.*4"),
-    ("another base_bits", configured(base_bits=4), "base_bits=4.*None"),
-    ("a field too many", configured(shift=1), "shift=1.*nothing"),
-    ("an infinite scale", stored(lambda t: t[next(n for n in t if "A_scales" in n)].fill_(float("inf"))), "not finite"),
-    ("floats for codes", stored(lambda t: t.update({n: t[n].float() for n in t if "A_codes" in n})), "float32"),
-]
-
-
-@pytest.mark.parametrize("what, damage, message", QUANTISED, ids=[what for what, *_ in QUANTISED])
-def test_a_damaged_quantised_folder_is_refused_and_the_model_stays_as_it_was(
-    bert, batch, tmp_path, what, damage, message
-):
-    qlora(bert).save_pretrained(tmp_path)
-    damage(tmp_path)
-    model = qlora(bert, rank=2)
-    before = model(**batch).logits
-    for load in (qLoRABertModel.from_pretrained, model.load_adapter):
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path)
-    assert torch.equal(model(**batch).logits, before) and not any(x.packed for x in model.lora_layers().values())
-
-
 def test_each_class_refuses_the_others_folder_and_says_what_is_there(bert, tmp_path):
     lora(bert).save_pretrained(tmp_path / "float")
     qlora(bert).save_pretrained(tmp_path / "packed")
@@ -241,13 +229,14 @@ def test_each_class_refuses_the_others_folder_and_says_what_is_there(bert, tmp_p
         qLoRABertModel.from_pretrained(tmp_path / "float")
     with pytest.raises(ValueError, match=r"no adapter_config\.json.*holds adapter_quantized\.safetensors"):
         LoRABertModel.from_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match="adapter_config"):
+        PeftModel.from_pretrained(BertForSequenceClassification.from_pretrained(bert), tmp_path / "packed")
     with pytest.raises(ValueError, match=r"base_bits=None.*4"):
         qlora(bert, base_bits=4).load_adapter(tmp_path / "packed")
 
 
 def test_a_folder_of_pefts_loads_with_a_warning_that_says_what_could_not_be_verified(bert, tmp_path, capsys):
-    lora(bert, alpha=4).save_pretrained(tmp_path)
-    stored(lambda tensors: None, record=False)(tmp_path)
+    save_as_peft(lora(bert, alpha=4), tmp_path)
     configured(base_model_name_or_path="a-small-bert")(tmp_path)
     with pytest.warns(UserWarning, match="could not be verified") as caught:
         model = LoRABertModel.from_pretrained(tmp_path, folder=bert)
@@ -280,58 +269,17 @@ def test_the_record_holds_the_config_and_the_sha_256_of_the_base(bert, tmp_path,
     assert record["base_sha256"] == model.fingerprint == expected
 
 
-@pytest.mark.parametrize("make", [lora, qlora])
-def test_an_adapter_with_the_old_kind_of_record_loads_with_a_warning(bert, batch, tmp_path, make):
-    """The old record held another kind of fingerprint, and the scaling, which the config gives."""
-    model = make(bert)
-    model.save_pretrained(tmp_path)
-    record = read_record(tmp_path)
-    write_record(tmp_path, {"config": record["config"], "scaling": 99.0, "base": "0" * 64})
-    other = make(bert, rank=2)
-    with pytest.warns(UserWarning, match=r"its base .*could not be verified") as caught:
-        loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32)
-        other.load_adapter(tmp_path)
-    assert len(caught) == 2
-    for warning in caught:
-        assert str(tmp_path) in str(warning.message) and "an older version" in str(warning.message)
-    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
-    assert torch.equal(other(**batch).logits, model(**batch).logits)
-
-
-@pytest.mark.parametrize("make", [lora, qlora])
-def test_the_old_kind_of_record_is_compared_with_the_config_too(bert, tmp_path, make):
-    make(bert).save_pretrained(tmp_path)
-    write_record(tmp_path, {"config": read_record(tmp_path)["config"], "scaling": 2.0, "base": "0" * 64})
-    configured(use_rslora=True)(tmp_path)
-    with pytest.raises(ValueError, match=r"use_rslora=True.*False"):
-        type(make(bert)).from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("make", [lora, qlora])
-def test_a_record_that_names_another_base_is_refused(bert, batch, tmp_path, make):
-    model = make(bert)
-    model.save_pretrained(tmp_path)
-    write_record(tmp_path, {**read_record(tmp_path), "base_sha256": "0" * 64})
-    before = model(**batch).logits
-    for load in (type(model).from_pretrained, model.load_adapter):
-        with pytest.raises(ValueError, match="was trained on a base with the SHA-256 000") as refusal:
-            load(tmp_path)
-        assert model.fingerprint in str(refusal.value) and "load it into a model of its base" in str(refusal.value)
-    assert torch.equal(model(**batch).logits, before)
-
-
-def test_an_adapter_on_another_base_is_refused_and_one_on_a_base_that_was_moved_is_not(bert, batch, tmp_path):
+def test_an_adapter_on_another_base_is_refused_and_one_on_a_base_that_was_moved_is_not(bert, own_bert, batch, tmp_path):
     model = lora(bert)
     model.save_pretrained(tmp_path / "adapter")
-    moved = shutil.copytree(bert, tmp_path / "moved")
-    for where in ({"model_name": str(moved)}, {"folder": moved}):
+    for where in ({"model_name": str(own_bert)}, {"folder": own_bert}):
         loaded = LoRABertModel.from_pretrained(tmp_path / "adapter", dtype=torch.float32, **where)
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
-    tensors = load_file(moved / "model.safetensors")
+    tensors = load_file(own_bert / "model.safetensors")
     name = next(name for name in tensors if name.endswith("key.weight"))
     tensors[name].view(-1)[7] += 1e-3
-    save_file(tensors, moved / "model.safetensors", {"format": "pt"})
-    for where in ({"model_name": str(moved)}, {"folder": moved}):
+    save_file(tensors, own_bert / "model.safetensors", {"format": "pt"})
+    for where in ({"model_name": str(own_bert)}, {"folder": own_bert}):
         with pytest.raises(ValueError, match=f"trained on a base with the SHA-256 {model.fingerprint}"):
             LoRABertModel.from_pretrained(tmp_path / "adapter", **where)
 
@@ -344,30 +292,15 @@ def test_a_config_without_a_base_asks_for_its_name(bert, tmp_path):
     assert LoRABertModel.from_pretrained(tmp_path, model_name=str(bert)).model_name == str(bert)
 
 
-def test_a_save_that_fails_leaves_the_old_adapter_as_it_was(bert, batch, tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_adapter_as_it_was(bert, batch, tmp_path):
     old = lora(bert)
-    fsync = os.fsync
     old.save_pretrained(tmp_path)
-
-    def disk_full(descriptor):
-        fsync(descriptor)
-        if os.fstat(descriptor).st_size > 1000:  # the config still fitted
-            raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        lora(bert, rank=3).save_pretrained(tmp_path)
+    other = lora(bert, rank=3)
+    with full_disk(room=2000), pytest.raises(OSError, match="large"):  # the config still fits
+        other.save_pretrained(tmp_path)
     loaded = LoRABertModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(loaded(**batch).logits, old(**batch).logits)
     assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, TENSORS]  # the disk is not left full
-
-
-def test_a_save_names_its_tensors_last(bert, tmp_path, monkeypatch):
-    named = []
-    replace = type(tmp_path).replace
-    monkeypatch.setattr(type(tmp_path), "replace", lambda part, file: named.append(file.name) or replace(part, file))
-    lora(bert).save_pretrained(tmp_path)
-    assert named == [CONFIG, TENSORS]
 
 
 @pytest.mark.parametrize("model_class", [LoRABertModel, qLoRABertModel])
@@ -401,16 +334,15 @@ def test_load_adapter_exchanges_layers_and_head_whatever_the_rank_and_keeps_the_
     model = make(bert)
     base = {name: (t.data_ptr(), t.clone()) for name, t in plain_state(model).items()}
     for name in ("wide", "thin", "wide"):
+        for old in model.lora_layers().values():
+            old.merge()
         model.load_adapter(tmp_path / name)
         labels = {"labels": batch["labels"]} if name == "thin" else {"labels": batch["labels"] + 1}
         assert torch.equal(model(**{**batch, **labels}).logits, others[name](**{**batch, **labels}).logits)
-        assert (
-            model.model.config.num_labels == model.merge_and_unload().config.num_labels == (3 if name == "wide" else 2)
-        )
-        assert all(
-            type(found) is layer and found.rank == others[name].options["rank"]
-            for found in model.lora_layers().values()
-        )
+        number = 3 if name == "wide" else 2
+        assert model.config.num_labels == model.merge_and_unload().config.num_labels == number
+        for found in model.lora_layers().values():
+            assert type(found) is layer and found.rank == others[name].options["rank"]
         assert model.lora_layers().keys() == others[name].lora_layers().keys()
     assert all(t.data_ptr() == base[n][0] and torch.equal(t, base[n][1]) for n, t in plain_state(model).items())
     model.save_pretrained(tmp_path / "again")
@@ -440,36 +372,18 @@ def test_a_model_in_another_dtype_saves_float32(bert, tmp_path):
         assert {t.dtype for t in tensors.values()} <= {torch.float32, torch.uint8}
 
 
-def test_load_adapter_unmerges_first(bert, batch, tmp_path):
-    other = lora(bert, rank=3)
-    model = randomise(lora(bert), seed=9)
-    other.save_pretrained(tmp_path)
-    for layer in model.lora_layers().values():
-        layer.merge()
-    model.load_adapter(tmp_path)
-    assert torch.equal(model(**batch).logits, other(**batch).logits)
-
-
-def test_load_adapter_takes_milliseconds(tmp_path):
-    checkpoint = find_model("auto", announce=False)
-    model = LoRABertModel(checkpoint.name, folder=checkpoint.folder, rank=16)
-    model.save_pretrained(tmp_path)
-    start = time.perf_counter()
-    model.load_adapter(tmp_path)
-    assert time.perf_counter() - start < 0.2
-
-
-def test_a_loaded_adapter_can_be_trained_on(bert, batch, tmp_path):
-    lora(bert).save_pretrained(tmp_path)
-    for kind, folder in ((LoRABertModel, tmp_path), (qLoRABertModel, tmp_path / "packed")):
-        if kind is qLoRABertModel:
-            qlora(bert).save_pretrained(folder)
-        model = kind.from_pretrained(folder)
-        if kind is qLoRABertModel:
-            model.unpack()
-        model.train()(**batch).loss.backward()
-        trained = {name for name, p in model.named_parameters() if p.grad is not None}
-        assert trained == {name for name, _ in model.named_parameters() if "lora_" in name or "classifier" in name}
+@pytest.mark.parametrize("make", [lora, qlora])
+def test_a_loaded_adapter_can_be_trained_on(bert, batch, tmp_path, make):
+    make(bert).save_pretrained(tmp_path)
+    model = qLoRABertModel.from_pretrained(tmp_path) if make is qlora else LoRABertModel.from_pretrained(tmp_path)
+    if make is qlora:
+        model.unpack()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model.train()(**batch).loss.backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != ("lora_" in name or "classifier" in name), name
 
 
 def test_merged_and_saved_a_pipeline_gives_the_same_labels_and_scores(bert, tokenizer, tmp_path):
@@ -477,17 +391,10 @@ def test_merged_and_saved_a_pipeline_gives_the_same_labels_and_scores(bert, toke
     model.merge_and_unload().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     sentences = ["a film to remember", "a film to forget, and soon", "holes"]
-    found = pipeline("text-classification", model=str(tmp_path), device="cpu")(sentences, top_k=None)
-    for sentence, scores in zip(sentences, found, strict=True):
+    answers = pipeline("text-classification", model=str(tmp_path), device="cpu")(sentences, top_k=None)
+    for sentence, scores in zip(sentences, answers, strict=True):
         expected = model(**tokenizer([sentence], return_tensors="pt")).logits.softmax(-1)[0]
         scores = {score["label"]: score["score"] for score in scores}
         assert scores.keys() == {"NEGATIVE", "POSITIVE"}
-        assert (
-            abs(scores["NEGATIVE"] - expected[0].item()) < 1e-5 and abs(scores["POSITIVE"] - expected[1].item()) < 1e-5
-        )
-
-
-def test_the_readme_says_how_many_kinds_of_damage_peft_loads():
-    refused = sum(peft == "refuses" for *_, peft in DAMAGES)
-    claim = f"of its {len(DAMAGES)} kinds of damage PEFT refuses {refused} and loads {len(DAMAGES) - refused}."
-    assert claim in " ".join((ROOT / "README.md").read_text().split())
+        found = torch.tensor([scores["NEGATIVE"], scores["POSITIVE"]])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -1,12 +1,14 @@
 """The notebooks' parameters are checked once, by name, before anything takes time."""
 
 import re
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
 from conftest import ROOT
 
-from lora_lab.settings import RULES, check_settings
+from lora_lab.settings import RULES, check_settings, number_of_sentences
 
 NOTEBOOKS = ["LoRA_implementation.ipynb", "qLoRA_implementation.ipynb"]
 
@@ -22,7 +24,7 @@ WRONG = [
     *({"LEARNING_RATE": value} for value in (0, -1e-3, "2e-3", None, float("nan"))),
     *({"EPOCHS": value} for value in (0, 0.5, 1.0, -1, None, "1")),
     *({"BATCH_SIZE": value} for value in (0, 32.0, None, True)),
-    *({"TRAIN_SENTENCES": value} for value in (0, 64.0, "all", -5, True)),
+    *({"TRAIN_SENTENCES": value} for value in (0, 64.0, "some", -5, True)),
     *({"SEED": value} for value in (-1, None, 1.0, "0")),
     *({"SWEEP_SEEDS": value} for value in (None, 3, [-1], [0.5], "0")),
 ]
@@ -65,3 +67,16 @@ def test_a_notebook_checks_every_parameter_right_after_the_cell_that_holds_them(
     number = next(i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", []))
     assert set(re.findall(r"^(\w+) = ", code[number].source, re.MULTILINE)) <= set(RULES)
     assert code[number + 1].source.startswith("check_settings(globals())")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "million_parameters", "device", "number"),
+    [
+        *[(None, 23, "cpu", 6_000), (None, 110, "cpu", 2_000), (None, 110, "cuda", 6_000)],
+        *[("all", 110, "cpu", 67_349), (64, 23, "cpu", 64), (100_000, 110, "cpu", 67_349)],
+    ],
+)
+def test_the_number_of_sentences_fits_the_model_and_the_machine(wanted, million_parameters, device, number):
+    weight = SimpleNamespace(numel=lambda: million_parameters * 10**6, device=torch.device(device))
+    model = SimpleNamespace(parameters=lambda: iter([weight]))
+    assert number_of_sentences(wanted, model, 67_349) == number

@@ -1,7 +1,6 @@
 """Check that `load_sst2` takes a folder for what it is, and refuses by name what is no data."""
 
 import ast
-import csv
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from conftest import ROOT
 from lora_lab.sources import SST2_SIZES, find_model, load_sst2
 
 ROWS = [{"sentence": "a fine film", "label": 1}, {"sentence": "dull, and long", "label": 0}]
+EXPECTED = [("a fine film", 1), ("dull, and long", 0)]
 OTHER = [{"sentence": "another film", "label": 0}]
 CSV = 'sentence,label\na fine film,1\n"dull, and long",0\n'
 
@@ -50,33 +50,38 @@ def pairs(split):
     return list(zip(split["sentence"], split["label"], strict=True))
 
 
-EXPECTED = [(row["sentence"], row["label"]) for row in ROWS]
-
-
-# Which files are read ------------------------------------------------------------------------------
-
+# What is read --------------------------------------------------------------------------------------
 
 STRAYS = ["train (1).csv", "training_args.json", "train_old.jsonl", "train.csv.bak", "._train.csv", "train-00000.csv"]
+STRAYS += ["mytrain-00000-of-00001.csv", "validation_1.json", "dev.csv"]
+READ = {
+    "CSV with a BOM": {"train.csv": "\ufeff" + CSV},
+    "CSV with CRLF": {"train.csv": CSV.replace("\n", "\r\n")},
+    "CSV with blank lines": {"train.csv": CSV.replace("\n", "\n\n")},
+    "CSV with quoted numbers": {"train.csv": CSV.replace(",1", ',"1"').replace(",0", ", 0")},
+    "CSV with more columns": {
+        "train.csv": CSV.replace("label", "label,,").replace(",1", ",1,7,").replace(",0", ",0,,")
+    },
+    "CSV without a last newline": {"train.csv": CSV.rstrip()},
+    "a list in .json": {"train.json": json.dumps(ROWS, indent=2)},
+    "a list in .jsonl": {"train.jsonl": json.dumps(ROWS)},
+    "lines in .json": {"train.json": "\ufeff" + "\r\n\r\n".join(map(json.dumps, ROWS))},
+    **{f"beside {stray}": {"train.csv": CSV, "validation.jsonl": ROWS, stray: OTHER} for stray in STRAYS},
+}
 
 
-@pytest.mark.parametrize("stray", [*STRAYS, "mytrain-00000-of-00001.csv", "validation_1.json", "dev.csv"])
-def test_a_stray_file_is_not_read(folder, stray):
-    place = folder({"train.csv": CSV, "validation.jsonl": ROWS, stray: OTHER})
-    assert [pairs(split) for split in load_sst2(place).values()] == [EXPECTED, EXPECTED]
+@pytest.mark.parametrize("files", READ.values(), ids=READ)
+def test_a_folder_of_many_hands_is_read_without_its_stray_files(folder, files):
+    assert [pairs(split) for split in load_sst2(folder(files)).values()] == [EXPECTED, EXPECTED]
 
 
-def test_folders_named_like_files_are_not_read(folder):
-    place = folder({"train.jsonl": ROWS})
+def test_folders_named_like_files_are_not_read_and_links_are(folder):
+    place = folder({"rows.csv": CSV})
     (place / "train.csv").mkdir()
     (place / "train").mkdir()
-    assert pairs(load_sst2(place)["train"]) == EXPECTED
-    (place / "train.jsonl").unlink()
     with pytest.raises(ValueError, match=r"no train file .*train\.csv/, train/, validation\.jsonl"):
         load_sst2(place)
-
-
-def test_a_link_to_a_file_is_read(folder):
-    place = folder({"rows.csv": CSV})
+    (place / "train.csv").rmdir()
     (place / "train.csv").symlink_to(place / "rows.csv")
     assert pairs(load_sst2(place)["train"]) == EXPECTED
 
@@ -87,6 +92,24 @@ def test_shards_are_read_in_the_order_of_their_numbers(folder, end):
     rows = [{"sentence": f"film {i}", "label": 0} for i in range(12)]
     place = folder({name: [row] for name, row in zip(names, rows)})
     assert load_sst2(place)["train"]["sentence"] == [row["sentence"] for row in rows]
+
+
+def test_words_that_other_readers_take_for_gaps_or_numbers_are_text(folder):
+    words = ["N/A", "NA", "null", "nan", "None", "1984", "007", "3.0", "1e3", "True", "2001-01-01", " x ", "\u2028x"]
+    lines = "".join(f"{word},1\n" for word in words)
+    rows = "".join(json.dumps({"sentence": word, "label": 1}, ensure_ascii=False) + "\n" for word in words)
+    tabs = "sentence\tlabel\n" + lines.replace(",", "\t")
+    for file, text in {"train.csv": "sentence,label\n" + lines, "train.tsv": tabs, "train.jsonl": rows}.items():
+        assert load_sst2(folder({file: text}, file))["train"]["sentence"] == words
+
+
+@pytest.mark.parametrize("label", [0, 1, "0", "1", 0.0, 1.0, " 1 ", "1.0", True, False], ids=repr)
+def test_a_label_may_be_a_number_a_truth_value_or_the_text_of_a_number(folder, label):
+    place = folder({"train.jsonl": [{"sentence": "a film", "label": label}, {"sentence": "a film", "label": 1}]})
+    assert load_sst2(place)["train"]["label"] == [int(float(label)), 1]
+
+
+# What is refused -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -110,35 +133,27 @@ def test_a_split_that_is_not_there_once_and_whole_is_refused_with_what_was_found
         load_sst2(folder(dict.fromkeys(files, CSV)))
 
 
-def test_an_empty_folder_and_a_file_in_its_place_are_refused(tmp_path):
+def test_an_empty_folder_half_a_folder_and_a_file_in_its_place_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no train file .*\(it holds nothing\)"):
         load_sst2(tmp_path)
     (tmp_path / "train.csv").write_text(CSV, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no validation file .*train\.csv"):
+        load_sst2(tmp_path)
     with pytest.raises(ValueError, match="no data folder"):
         load_sst2(tmp_path / "train.csv")
 
 
-# What is text, and what is a label -----------------------------------------------------------------
-
-
-def test_words_that_other_readers_take_for_gaps_or_numbers_are_text(folder):
-    words = ["N/A", "NA", "null", "nan", "None", "1984", "007", "3.0", "1e3", "True", "2001-01-01", " x ", "\u2028x"]
-    lines = "".join(f"{word},1\n" for word in words)
-    tabs = "sentence\tlabel\n" + "".join(f"{word}\t1\n" for word in words)
-    assert load_sst2(folder({"train.csv": "sentence,label\n" + lines}, "csv"))["train"]["sentence"] == words
-    assert load_sst2(folder({"train.tsv": tabs}, "tsv"))["train"]["sentence"] == words
-    rows = "".join(json.dumps({"sentence": word, "label": 1}, ensure_ascii=False) + "\n" for word in words)
-    assert load_sst2(folder({"train.jsonl": rows}, "json"))["train"]["sentence"] == words
-
-
 NO_SENTENCES = ["", " ", "\n", "\u00a0", "\u200b", "\ufeff", "\0", "half \ud83d", None, 1984, 1.5, True, ["a"], {}]
+NO_LABELS = [2, -1, "2", "-1", 0.5, "0.5", None, "yes", "", "positive", "01", [1], float("nan"), float("inf")]
+NO_ROWS = [({"sentence": value, "label": 1}, "sentence", value, "text") for value in NO_SENTENCES]
+NO_ROWS += [({"sentence": "a film", "label": value}, "label", value, "0 (negative) and 1") for value in NO_LABELS]
 
 
-@pytest.mark.parametrize("sentence", NO_SENTENCES, ids=repr)
-def test_what_is_no_sentence_is_refused_by_file_and_row(folder, sentence):
-    place = folder({"train.jsonl": [*ROWS, {"sentence": sentence, "label": 1}]})
-    kind = type(sentence).__name__
-    with pytest.raises(ValueError, match=rf"row 3 of .*train\.jsonl.* has the sentence .*\({kind}\): allowed is text"):
+@pytest.mark.parametrize("row, column, value, allowed", NO_ROWS, ids=repr)
+def test_what_is_no_sentence_or_no_label_is_refused_by_value_type_file_and_row(folder, row, column, value, allowed):
+    place = folder({"train.jsonl": [*ROWS, row]})
+    found = re.escape(f"has the {column} {value!r} ({type(value).__name__}): allowed")
+    with pytest.raises(ValueError, match=rf"row 3 of .*train\.jsonl' {found} (is|are) {re.escape(allowed)}"):
         load_sst2(place)
 
 
@@ -161,22 +176,44 @@ def test_an_empty_sentence_is_refused_in_every_format_and_in_its_own_shard(folde
             load_sst2(folder({}, name))
 
 
-@pytest.mark.parametrize("label", [0, 1, "0", "1", 0.0, 1.0, " 1 ", "1.0", True, False], ids=repr)
-def test_a_label_may_be_a_number_a_truth_value_or_the_text_of_a_number(folder, label):
-    place = folder({"train.jsonl": [{"sentence": "a film", "label": label}, {"sentence": "a film", "label": 1}]})
-    assert load_sst2(place)["train"]["label"] == [int(float(label)), 1]
+COLUMNS = {name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in ("sentence", "label")}
+REFUSED = {
+    "Latin-1": ("train.csv", "sentence,label\nsüß,1\n".encode("latin-1"), "no UTF-8 text, save it as UTF-8"),
+    "UTF-16": ("train.csv", CSV.encode("utf-16"), "no UTF-8 text"),
+    "UTF-16 without a BOM": ("train.csv", CSV.encode("utf-16-le"), r"cells, the first line names 2: \['s\\x00e"),
+    "broken line": ("train.jsonl", json.dumps(ROWS[0]) + '\n{"sentence": "x", "la', "line 2 is no JSON"),
+    "broken list": ("train.json", json.dumps(ROWS)[:-5], "cannot be read"),
+    "a bottomless list": ("train.json", "[" * 100_000, "cannot be read, maximum recursion"),
+    "numbers as lines": ("train.jsonl", "1\n2\n", "row 1 of .* is 1, no object"),
+    "null": ("train.json", "null", "is None, no object"),
+    "pandas' columns": ("train.json", json.dumps(COLUMNS), r"row 1 of .* \(dict\).* one sentence per row"),
+    "pandas' split": ("train.json", '{"columns": ["sentence"], "data": [["x"]]}', "has the columns 'columns', 'data'"),
+    "a missing key": ("train.jsonl", [*ROWS, {"sentence": "x"}], "row 3 of .* has the columns 'sentence': .* label"),
+    "header only": ("train.csv", "sentence,label\n", "train split .* holds no sentence"),
+    "an empty list": ("train.json", "[]", "train split .* holds no sentence"),
+    "no byte": ("train.csv", "", "train split .* holds no sentence"),
+    "no header": ("train.csv", "a film,1\nb film,0\n", "row 1 of .* has the columns 'a film', '1'"),
+    "semicolons": ("train.csv", "sentence;label\na film;1\n", "has the columns 'sentence;label'"),
+    "commas without quotes": ("train.csv", "label,sentence\n1,a\n0,b, but c\n", "line 3 has 3 cells, .* names 2: "),
+    "a cell too few": ("train.csv", CSV + "x\n", "line 4 has 1 cells"),
+    "an open quote": ("train.csv", CSV + '"x,1\ny,0\n', "unexpected end of data"),
+    "text behind a quote": ("train.csv", CSV + '"Great" film,1\n', "line 4: ',' expected"),
+    "a column twice": ("train.csv", "sentence,label,label\nx,0,1\n", "two columns have one name"),
+    "text as parquet": ("train.parquet", CSV, "cannot be read"),
+    "text as arrow": ("train.arrow", CSV, "cannot be read"),
+}
 
 
-@pytest.mark.parametrize(
-    "label",
-    [2, -1, "2", "-1", 0.5, "0.5", None, "yes", "", "positive", "01", [1], float("nan"), float("inf")],
-    ids=repr,
-)
-def test_any_other_label_is_refused_by_value_type_file_and_row(folder, label):
-    place = folder({"train.jsonl": [*ROWS, {"sentence": "a film", "label": label}]})
-    found = re.escape(f"has the label {label!r} ({type(label).__name__}): allowed are 0 (negative) and 1 (positive)")
-    with pytest.raises(ValueError, match=rf"row 3 of .*train\.jsonl' {found}"):
+@pytest.mark.parametrize("file, contents, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_read_is_refused_with_its_file_and_what_is_allowed(folder, file, contents, message):
+    place = folder({file: contents})
+    with pytest.raises(ValueError, match=f"(?s){message}") as error:
         load_sst2(place)
+    assert str(place / file) in str(error.value)
+    assert re.search("must hold one train and one validation file|allowed is text", str(error.value))
+
+
+# What other tools write --------------------------------------------------------------------------
 
 
 def saved(place, names, labels, write):
@@ -223,9 +260,6 @@ def test_parquet_of_other_tools_is_read(tmp_path):
     assert pairs(load_sst2(tmp_path)["train"]) == [("a", 0), ("b", 1), ("a", 0)]
 
 
-# What other tools write ----------------------------------------------------------------------------
-
-
 def test_glues_own_files_are_taken(folder):
     lines = ["sentence\tlabel\n", "hide new secretions from the units \t0\n", '"quirky" and "funny \t1\n', '"\t0\n']
     test = "index\tsentence\n0\tno label here\n"
@@ -252,78 +286,11 @@ def test_folders_of_save_to_disk_are_taken_and_stay_as_they_are(tmp_path):
         load_sst2(tmp_path / "one")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "\ufeff" + CSV,
-        CSV.replace("\n", "\r\n"),
-        CSV.replace("\n", "\n\n"),
-        CSV.replace(",1", ',"1"').replace(",0", ", 0"),
-        CSV.replace("label", "label,,").replace(",1", ",1,7,").replace(",0", ",0,,"),
-        CSV.rstrip(),
-    ],
-    ids=["BOM", "CRLF", "blank lines", "quoted numbers", "more columns", "no last newline"],
-)
-def test_csv_of_many_hands_is_read(folder, text):
-    assert pairs(load_sst2(folder({"train.csv": text}))["train"]) == EXPECTED
-
-
-@pytest.mark.parametrize("suffix", ["json", "jsonl"])
-@pytest.mark.parametrize(
-    "text", [json.dumps(ROWS), json.dumps(ROWS, indent=2), "\ufeff" + "\r\n\r\n".join(map(json.dumps, ROWS))]
-)
-def test_json_may_be_a_list_or_lines(folder, suffix, text):
-    assert pairs(load_sst2(folder({f"train.{suffix}": text}))["train"]) == EXPECTED
-
-
-COLUMNS = {name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in ("sentence", "label")}
-REFUSED = {
-    "Latin-1": ("train.csv", "sentence,label\nsüß,1\n".encode("latin-1"), "no UTF-8 text, save it as UTF-8"),
-    "Latin-1 JSON": ("train.json", '[{"sentence": "süß", "label": 1}]'.encode("latin-1"), "no UTF-8 text"),
-    "UTF-16": ("train.csv", CSV.encode("utf-16"), "no UTF-8 text"),
-    "UTF-16 TSV": ("train.tsv", CSV.replace(",", "\t").encode("utf-16"), "no UTF-8 text"),
-    "UTF-16 without a BOM": ("train.csv", CSV.encode("utf-16-le"), r"cells, the first line names 2: \['s\\x00e"),
-    "broken line": ("train.jsonl", json.dumps(ROWS[0]) + '\n{"sentence": "x", "la', "line 2 is no JSON"),
-    "broken list": ("train.json", json.dumps(ROWS)[:-5], "cannot be read"),
-    "a bottomless list": ("train.json", "[" * 100_000, "cannot be read, maximum recursion"),
-    "numbers as lines": ("train.jsonl", "1\n2\n", "row 1 of .* is 1, no object"),
-    "a list of lists": ("train.json", '[["x", 1]]', r"row 1 of .* is \['x', 1\], no object"),
-    "null": ("train.json", "null", "is None, no object"),
-    "pandas' columns": ("train.json", json.dumps(COLUMNS), r"row 1 of .* \(dict\).* one sentence per row"),
-    "columns as lists": ("train.json", json.dumps({"sentence": ["a"], "label": [1]}), r"row 1 of .* \(list\)"),
-    "pandas' split": ("train.json", '{"columns": ["sentence"], "data": [["x"]]}', "has the columns 'columns', 'data'"),
-    "a missing key": ("train.jsonl", [*ROWS, {"sentence": "x"}], "row 3 of .* has the columns 'sentence': .* label"),
-    "header only": ("train.csv", "sentence,label\n", "train split .* holds no sentence"),
-    "header only, TSV": ("train.tsv", "sentence\tlabel\n", "train split .* holds no sentence"),
-    "an empty list": ("train.json", "[]", "train split .* holds no sentence"),
-    "no byte": ("train.csv", "", "train split .* holds no sentence"),
-    "no byte of parquet": ("train.parquet", "", "cannot be read"),
-    "no header": ("train.csv", "a film,1\nb film,0\n", "row 1 of .* has the columns 'a film', '1'"),
-    "semicolons": ("train.csv", "sentence;label\na film;1\n", "has the columns 'sentence;label'"),
-    "commas without quotes": ("train.csv", "label,sentence\n1,a\n0,b, but c\n", "line 3 has 3 cells, .* names 2: "),
-    "a cell too few": ("train.csv", CSV + "x\n", "line 4 has 1 cells"),
-    "an open quote": ("train.csv", CSV + '"x,1\ny,0\n', "unexpected end of data"),
-    "text behind a quote": ("train.csv", CSV + '"Great" film,1\n', "line 4: ',' expected"),
-    "a column twice": ("train.csv", "sentence,label,label\nx,0,1\n", "two columns have one name"),
-    "text as parquet": ("train.parquet", CSV, "cannot be read"),
-    "text as arrow": ("train.arrow", CSV, "cannot be read"),
-}
-
-
-@pytest.mark.parametrize("file, contents, message", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_read_is_refused_with_its_file_and_what_is_allowed(folder, file, contents, message):
-    place = folder({file: contents})
-    with pytest.raises(ValueError, match=f"(?s){message}") as error:
-        load_sst2(place)
-    assert str(place / file) in str(error.value)
-    assert re.search("must hold one train and one validation file|allowed is text", str(error.value))
-
-
 # Paths ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", "süß", "[a-z]*", "what?", "{x,y}", "50%20#1", "a::b", "label=1", "'quoted'", "~", "train"]
+    "name", ["a süß", "[a-z]*", "what?", "{x,y}", "50%20#1", "a::b", "label=1", "'quoted'", "~", "train"]
 )
 @pytest.mark.parametrize("write", ["save_to_disk", "to_parquet", "csv"])
 def test_a_path_is_taken_literally(tmp_path, folder, name, write):
@@ -357,7 +324,7 @@ def test_the_home_folder_may_be_written_as_a_tilde(folder, bert, tmp_path, monke
     assert place.is_dir()
 
 
-@pytest.mark.parametrize("dataset", [".", "../reviews", "./", "inner/.."])
+@pytest.mark.parametrize("dataset", [".", "inner/.."])
 def test_a_relative_path_names_its_folder(folder, dataset, monkeypatch, capsys):
     place = folder({"train.jsonl": ROWS})
     (place / "inner").mkdir()
@@ -380,23 +347,12 @@ def test_a_folder_leaves_no_trace_in_a_cache(folder, tmp_path, monkeypatch):
     assert not split.cache_files and not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "parquet"])
-def test_as_many_rows_as_sst2_has_load_fast(tmp_path, suffix):
+@pytest.mark.slow
+def test_as_many_rows_as_sst2_has_load_fast(folder):
     rows = [{"sentence": f"film {i} is a film of films", "label": i % 2} for i in range(SST2_SIZES["train"])]
-    for name, size in SST2_SIZES.items():
-        file = tmp_path / f"{name}.{suffix}"
-        if suffix == "parquet":
-            datasets.Dataset.from_list(rows[:size]).to_parquet(file)
-            continue
-        with open(file, "w", encoding="utf-8", newline="") as opened:
-            if suffix == "jsonl":
-                opened.writelines(json.dumps(row) + "\n" for row in rows[:size])
-            else:
-                writer = csv.DictWriter(opened, rows[0], delimiter="\t" if suffix == "tsv" else ",")
-                writer.writeheader()
-                writer.writerows(rows[:size])
+    place = folder({f"{name}.jsonl": rows[:size] for name, size in SST2_SIZES.items()})
     start = time.perf_counter()
-    splits = load_sst2(tmp_path)
+    splits = load_sst2(place)
     assert time.perf_counter() - start < 5  # a second on a machine with nothing else to do
     assert splits["train"].info.dataset_name == "SST-2"
 

@@ -2,14 +2,19 @@
 
 import itertools
 import json
+import random
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import contenders
+import nbformat
 import pytest
 import report
+import tables_of_accuracy
+import tables_of_speed
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = [[101, *range(1000, 1000 + n), 102] for n in itertools.islice(itertools.cycle(range(1, 60)), 1600)]
@@ -50,24 +55,68 @@ def test_the_tables_in_readme_and_notebooks_are_those_of_the_results():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_check_sees_a_number_that_is_not_of_the_results():
-    text = (ROOT / "README.md").read_text()
+def texts():
+    """Return {name: text} of README, benchmarks/README.md and every markdown cell that holds a table or number."""
+    found = {}
+    for name in report.FILES:
+        if name.endswith(".md"):
+            found[name] = (ROOT / name).read_text()
+        else:
+            cells = nbformat.read(ROOT / name, as_version=4).cells
+            sources = [cell.source for cell in cells if cell.cell_type == "markdown" and "<!-- /" in cell.source]
+            found |= {f"{name}, {number}": source for number, source in enumerate(sources)}
+    return found
+
+
+def change_a_digit(text, seed):
+    """Change one digit of a text, drawn under a seed."""
+    places = [place for place, character in enumerate(text) if character.isdigit()]
+    place = random.Random(seed).choice(places)
+    return f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}"
+
+
+@pytest.mark.parametrize("name", texts())
+def test_the_check_sees_one_changed_digit_in_every_table_and_number(name):
+    text = texts()[name]
     assert report.filled(text) == text
-    mark = "<!-- training speed -->"
-    changed = text.replace(mark, f"{mark}\n| 99 |")
-    assert changed != text and report.filled(changed) == text
+    blocks = re.findall(r"<!-- ([^/].*?) -->(.*?)<!-- /\1 -->", text, re.DOTALL)
+    assert len(blocks) == text.count("<!-- /")
+    for of_block, inside in blocks:
+        for seed in range(3):
+            changed = text.replace(inside, change_a_digit(inside, seed), 1)
+            assert changed != text and report.filled(changed) == text, of_block
+
+
+def test_no_table_has_a_measured_number_that_is_typed_in_by_hand():
+    for name in ("README.md", "benchmarks/README.md"):
+        outside = re.sub(r"<!-- ([^/].*?) -->(.*?)<!-- /\1 -->", "", (ROOT / name).read_text(), flags=re.DOTALL)
+        for row in outside.splitlines():
+            if row.startswith("|"):
+                assert not re.search(r"\d\.\d|\d\s*%|\d,\d{3}|\d MB", row), row
 
 
 @pytest.mark.parametrize("name", report.TABLES)
-def test_every_table_stands_in_the_readme(name):
-    text = (ROOT / "README.md").read_text()
-    assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+def test_every_table_stands_once_in_a_readme(name):
+    places = [text for text in ("README.md", "benchmarks/README.md") if f"<!-- {name} -->" in (ROOT / text).read_text()]
+    assert len(places) == 1
+
+
+def test_the_report_complains_of_a_table_without_a_place(monkeypatch, capsys):
+    monkeypatch.setitem(report.TABLES, "a new table", lambda: "| 1 |")
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    assert report.main() and "a new table: has no place" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["<!-- no such table --><!-- /no such table -->", "<!-- training speed -->"])
+def test_the_report_refuses_an_unknown_name_and_half_a_pair_of_marks(text):
+    with pytest.raises(ValueError, match=r"no such table|needs one"):
+        report.filled(text)
 
 
 def test_the_ratios_are_what_was_promised_for_the_machines_that_were_measured():
     measured = 0
     for (part, machine), promised in MUST.items():
-        for _, result in report.results(part, ["bert-base"]).items():
+        for _, result in tables_of_speed.results(part, ["bert-base"]).items():
             if result["arithmetic"].lower() == machine:
                 found = {(entry["over"], entry["under"]): entry["ratio"][0] for entry in result["ratios"]}
                 assert {pair: found[pair] for pair in promised if found[pair] < promised[pair]} == {}
@@ -76,15 +125,15 @@ def test_the_ratios_are_what_was_promised_for_the_machines_that_were_measured():
 
 
 def test_a_step_grows_by_15_percent_at_most_from_rank_1_to_64():
-    measured = report.results("growth").values()
+    measured = tables_of_speed.results("growth").values()
     assert measured and all(result["rank 64 over rank 1"][0] <= 1.15 for result in measured)
 
 
 def test_training_through_integer_products_costs_half_a_point_at_most_on_held_out_phrases():
-    found = report.int8_runs()
+    found = tables_of_accuracy.int8_runs()
     assert len(found) == 4  # two kernels, each evaluated on two sets of sentences
     for (_, where), runs in found.items():
-        mean, low, _ = report.interval([100 * (integers - exact) for exact, integers, *_ in runs])
+        mean, low, _ = tables_of_accuracy.interval([100 * (integers - exact) for exact, integers, *_ in runs])
         assert len(runs) >= 5
         if where != "validation":
             assert mean >= -0.5 and low > -1

@@ -1,0 +1,57 @@
+"""Say how long a notebook will take, before it takes that long."""
+
+import itertools
+import time
+
+import torch
+
+STEPS = 6  # batches that are timed, after one to warm up
+START = 25  # seconds for imports, loading and drawing, whatever is trained
+
+
+def print_estimate(model, train_loader, validation_loader, core, rest) -> float:
+    """Time a few batches, print how long the notebook will take on this machine, and return the minutes of all of it.
+
+    Args:
+        model: A `LoRABertModel`. It comes out as it went in, and the random state does, too.
+        train_loader, validation_loader: As `make_loader` returns them.
+        core, rest: What each part of the notebook does: (sentences trained on, evaluations of all validation
+            sentences).
+    """
+    trained = _seconds_per_token(model, train_loader, training=True)
+    evaluated = _seconds_per_token(model, validation_loader, training=False)
+    lengths = train_loader.batch_sampler.lengths.float()
+    one_sentence = trained * lengths.mean().item()
+    one_evaluation = evaluated * validation_loader.batch_sampler.lengths.sum().item()
+    minutes = [(sentences * one_sentence + times * one_evaluation) / 60 for sentences, times in (core, rest)]
+    minutes[0] += START / 60
+    print(
+        f"On this machine: {1 / one_sentence:.0f} sentences a second in training, {one_evaluation:.0f} s an evaluation"
+    )
+    print(f'About {_rounded(minutes[0])} for the core, and {_rounded(minutes[1])} more for "Going further"')
+    return sum(minutes)
+
+
+def _rounded(minutes):
+    return f"{minutes:.0f} minutes" if minutes >= 1.5 else "1 minute" if minutes >= 0.75 else f"{60 * minutes:.0f} s"
+
+
+def _seconds_per_token(model, loader, training):
+    """Return the seconds that a token takes, padding included: forward and back in training, else forward only."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    seconds = tokens = 0
+    with torch.random.fork_rng(), torch.set_grad_enabled(training):
+        model.train(training)
+        for i, batch in enumerate(itertools.islice(loader, STEPS + 1)):
+            start = time.perf_counter()
+            loss = model(**batch.to(device)).loss
+            if training:
+                loss.backward()
+            loss.item()  # waits for a GPU
+            if i or len(loader) == 1:
+                seconds += time.perf_counter() - start
+                tokens += batch["input_ids"].numel()
+    model.train(was_training)
+    model.zero_grad()
+    return seconds / tokens

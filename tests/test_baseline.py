@@ -1,0 +1,103 @@
+"""The head alone, trained to its end: features, logistic regression and order are those made by hand."""
+
+import warnings
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import randomise
+from sklearn.linear_model import LogisticRegression
+
+from lora_lab.baseline import FEATURES, frozen_features, head_alone, train_head
+from lora_utils import LoRABertModel, evaluate, make_loader, qLoRABertModel
+
+SENTENCES = ["good", "a bad film", "very good , and longer than the others", "bad bad", "not a good film at all"]
+
+
+def split(n, seed):
+    """Make n sentences of different lengths, in no order of length."""
+    drawn = np.random.default_rng(seed).integers(0, len(SENTENCES), (n, 3))
+    sentences = [" ".join(SENTENCES[i] for i in row[: 1 + row[0] % 3]) for row in drawn]
+    labels = [int("good" in sentence[:20]) for sentence in sentences]
+    return datasets.Dataset.from_dict({"sentence": sentences, "label": labels})
+
+
+@pytest.fixture(scope="module")
+def model(bert):
+    torch.manual_seed(0)
+    return LoRABertModel(bert, dtype=torch.float32)
+
+
+@torch.no_grad()
+def by_hand(model, data, tokenizer, features):
+    """Encode the sentences one by one, so that nothing is padded."""
+    rows = []
+    for sentence in data["sentence"]:
+        output = model.model.bert(**tokenizer(sentence, return_tensors="pt"))
+        row = output.pooler_output if features == "pooled" else output.last_hidden_state.mean(1)
+        rows.append(row[0].double().numpy())
+    return np.array(rows), np.array(data["label"])
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_head_alone_is_scikit_learns_on_features_made_by_hand(model, tokenizer, features):
+    train, test = split(60, 1), split(40, 2)
+    loaders = make_loader(train, tokenizer, 8, shuffle=True, seed=3), make_loader(test, tokenizer, 8)
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # also scikit-learn's, that it has not converged
+        result = head_alone(model, *loaders, features)
+    assert model.training
+
+    rows, labels = by_hand(model, train, tokenizer, features)
+    found, its_labels = frozen_features(model, loaders[0], features)
+    np.testing.assert_allclose(found, rows, atol=1e-5)
+    assert its_labels.tolist() == labels.tolist()
+
+    mean, deviation = rows.mean(0), rows.std(0)
+    head = LogisticRegression(max_iter=10_000).fit((rows - mean) / deviation, labels)
+    rows, labels = by_hand(model, test, tokenizer, features)
+    rows = (rows - mean) / deviation
+    p = head.predict_proba(rows)[np.arange(len(labels)), labels]
+    assert result.predictions == head.predict(rows).tolist() and 0 < sum(result.predictions) < len(test)
+    assert result.accuracy == (head.predict(rows) == labels).mean() and result.n == len(test)
+    assert result.low < result.accuracy <= result.high
+    assert result.loss == pytest.approx(-np.log(p).mean(), abs=1e-4)
+
+
+def test_the_logistic_regression_is_a_state_of_the_models_own_head(model, tokenizer):
+    """Put plus and minus half its weights into the head: the model gives the same labels with the same loss."""
+    train, test = make_loader(split(60, 1), tokenizer), make_loader(split(40, 2), tokenizer)
+    scaler, regression = train_head(model, train)
+    weight = regression.coef_ / scaler.scale_  # (1, width)
+    bias = regression.intercept_ - weight @ scaler.mean_  # (1,)
+    halves = np.array([[-0.5], [0.5]])
+    saved = {name: tensor.clone() for name, tensor in model.model.classifier.state_dict().items()}
+    with torch.no_grad():
+        model.model.classifier.weight.copy_(torch.tensor(halves * weight))
+        model.model.classifier.bias.copy_(torch.tensor((halves * bias)[:, 0]))
+    own, found = evaluate(model, test), head_alone(model, train, test)
+    model.model.classifier.load_state_dict(saved)
+    assert found.predictions == own.predictions and found[:4] == own[:4]
+    assert found.loss == pytest.approx(own.loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("model_class", [LoRABertModel, qLoRABertModel])
+def test_a_trained_model_is_refused(bert, tokenizer, model_class):
+    model = model_class(bert)
+    loader = make_loader(split(8, 0), tokenizer)
+    head_alone(model, loader, loader)  # A is not 0, B is
+    randomise(model)
+    with pytest.raises(ValueError, match=r"B of bert\.encoder\.layer\.0\.attention\.self\.query is not 0"):
+        head_alone(model, loader, loader)
+
+
+def test_other_features_and_a_loader_that_leaves_sentences_out_are_refused(model, tokenizer):
+    loader = make_loader(split(8, 0), tokenizer)
+    with pytest.raises(ValueError, match=r"'cls': allowed are 'pooled' and 'mean of tokens'"):
+        head_alone(model, loader, loader, "cls")
+    dataset, collate = loader.dataset, loader.collate_fn
+    some = torch.utils.data.DataLoader(dataset, batch_size=3, drop_last=True, collate_fn=collate)
+    with pytest.raises(ValueError, match="draws 6 of 8 sentences: use make_loader"):
+        head_alone(model, some, loader)
