@@ -214,6 +214,11 @@ def mean_difference(first: list[dict], second: list[dict], where: str = "validat
     return t_interval([one - other for one, other in pairs])
 
 
+def difference_in_words(first: list[dict], second: list[dict], where: str = "validation") -> str:
+    """Say `mean_difference` in words: "+1.0 points (95 % interval +0.3 to +1.7)"."""
+    return "{:+.1f} points (95 % interval {:+.1f} to {:+.1f})".format(*mean_difference(first, second, where))
+
+
 def t_interval(values: list[float]) -> tuple[float, float, float]:
     """Return the mean of a few values and its 95 % interval, by Student's t.
 
