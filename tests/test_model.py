@@ -220,3 +220,7 @@ def test_a_label_out_of_range_is_refused(bert, batch, labels):
     with pytest.raises(ValueError, match="allowed are 0 to 1") as error:
         float32(bert)(**{**batch, "labels": torch.tensor(labels)})
     assert str(min(labels) if min(labels) < 0 else max(labels)) in str(error.value)
+
+
+def test_a_target_is_a_whole_name_at_the_end_of_a_path():
+    assert match_targets(["block.query", "block.subquery", "query"], ["query"]) == ["block.query", "query"]
