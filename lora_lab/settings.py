@@ -15,7 +15,7 @@ def check_settings(settings: dict) -> None:
     after this check. Before that, any other constant, and any name close to a parameter's, counts as misspelt.
     """
     for name, value in settings.items():
-        if name in RULES or name == "REPOSITORY" or "MACHINE" in settings or not isinstance(value, CONSTANTS):
+        if name in RULES or "MACHINE" in settings or not isinstance(value, CONSTANTS):
             continue
         wanted = difflib.get_close_matches(name.upper(), RULES, 1, cutoff=0.8)
         if wanted or re.fullmatch("[A-Z][A-Z0-9_]+", name):
@@ -27,10 +27,7 @@ def check_settings(settings: dict) -> None:
 
 
 def number_of_sentences(wanted: int | str | None, model, total: int) -> int:
-    """Return how many of `total` training sentences to train on: `wanted`, or what fits into a sitting for None.
-
-    Raises nothing: `check_settings` has refused what is no number, "all" or None.
-    """
+    """Return how many of `total` training sentences to train on: `wanted`, or what fits into a sitting for None."""
     if wanted is None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         slow = parameters > LARGE and next(model.parameters()).device.type == "cpu"

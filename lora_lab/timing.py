@@ -13,9 +13,9 @@ def print_estimate(model, train_loader, validation_loader, core, rest) -> float:
     """Time a few batches, print how long the notebook will take on this machine, and return the minutes of all of it.
 
     Args:
-        model: A `LoRABertModel`. It comes out as it went in, and the random state does, too.
-        train_loader, validation_loader: As `make_loader` returns them.
-        core, rest: What each part of the notebook does: (sentences trained on, evaluations of all validation
+        model: a `LoRABertModel`. It does not change, and neither does the random state.
+        train_loader, validation_loader: from `make_loader`.
+        core, rest: what each part of the notebook does: (sentences trained on, evaluations of all validation
             sentences).
     """
     trained = _seconds_per_token(model, train_loader, training=True)

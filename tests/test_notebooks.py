@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import check_lesson
 import nbformat
 import papermill
 import pytest
@@ -248,13 +249,8 @@ def test_no_cell_rebinds_a_builtin(notebook):
         assert not Names(cell.source).bound & set(dir(builtins)), cell.source
 
 
-def test_every_figure_is_small_and_has_a_caption(notebook):
-    for cell, following in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
-        drawn = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
-        if drawn or (cell.cell_type == "code" and cell.source.startswith("figures.draw_")):
-            assert is_markdown(following, "*Figure "), cell.source
-        for output in cell.get("outputs", []):
-            assert len(output.get("data", {}).get("image/png", "")) * 3 / 4 < 100_000
+def test_every_figure_is_small_and_has_a_caption_and_alternative_text(notebook):
+    assert check_lesson.check_figures("the notebook", notebook.cells) == []
 
 
 def test_figures_are_numbered_as_they_appear(notebook):
@@ -262,16 +258,6 @@ def test_figures_are_numbered_as_they_appear(notebook):
     captions = [int(number) for number in re.findall(r"^\*Figure (\d+)\.", text, re.MULTILINE)]
     assert captions == list(range(1, len(captions) + 1))
     assert {int(number) for number in re.findall(r"\bFigure (\d+)", text)} == set(captions)
-
-
-def test_every_link_of_a_notebook_leads_somewhere(notebook):
-    text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    headings = {heading.replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        else:
-            assert target.startswith("https://") or (ROOT / target.partition("#")[0]).is_file(), target
 
 
 # On Colab ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Print the size of the module by part, its public names, and the size of both notebooks, beside their limits.
+"""Print the size of the module by part, and its public names, beside their limits.
 
 python tools/check_layout.py
 """
@@ -7,12 +7,8 @@ import ast
 import re
 from pathlib import Path
 
-import nbformat
-
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = ("LoRA_implementation.ipynb", "qLoRA_implementation.ipynb")
 MODULE_LIMIT = 1_100  # lines
-LOOP_LIMIT = 20
 BUDGETS = {1: 140, 2: 170, 3: 270, 4: 285, 5: 85, 6: 130}  # lines of each part, about
 
 
@@ -52,17 +48,5 @@ def print_module() -> None:
     print(f"    {len(public)} public classes and functions of {len(names)}: {', '.join(public)}")
 
 
-def print_notebook(name: str) -> None:
-    cells = nbformat.read(ROOT / name, as_version=4).cells
-    core = next(i for i, cell in enumerate(cells) if cell.source.startswith("# Going further"))
-    code = [cell.source for cell in cells[:core] if cell.cell_type == "code"]
-    lines = sum(len(source.splitlines()) for source in code)
-    loop = next(source for source in code if source.startswith("def train("))
-    print(f"{name}: {core} of {len(cells)} cells in the core, {lines} lines of code there")
-    print(f"    the training loop has {len(loop.splitlines())} lines, limit {LOOP_LIMIT}")
-
-
 if __name__ == "__main__":
     print_module()
-    for notebook in NOTEBOOKS:
-        print_notebook(notebook)
