@@ -1063,7 +1063,8 @@ class LoRABertModel(nn.Module):
         """Raise ValueError for a tensor outside the adapter's file that is trained or differs from the checkpoint."""
         found = {}
         saved = r"\.lora_[AB]$|\.[AB]_(codes|scales)$|\.merged_weight$|^classifier\.(weight|bias)$"
-        for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers()):
+        each = {"remove_duplicate": False}  # moving to a GPU makes a tensor of each that was shared
+        for name, tensor in itertools.chain(self.named_parameters(**each), self.named_buffers(**each)):
             name = name.removeprefix("model.")
             if not re.search(saved, name):
                 found[name.replace(".base.", ".")] = tensor
@@ -1072,7 +1073,7 @@ class LoRABertModel(nn.Module):
                 stored = BertForSequenceClassification(self.checkpoint_config)
             stored.classifier = nn.Identity()
             _load_frozen(stored, self.model_name, *self._source)
-            expected = dict(itertools.chain(stored.named_parameters(), stored.named_buffers()))
+            expected = dict(itertools.chain(stored.named_parameters(**each), stored.named_buffers(**each)))
         else:
             warnings.warn(f"{self._source[0]} is gone: whether a frozen weight was changed is unknown", stacklevel=3)
             expected = found

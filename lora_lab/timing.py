@@ -5,7 +5,7 @@ import time
 
 import torch
 
-STEPS = 6  # batches that are timed, after one to warm up
+STEPS = 6  # batches that are timed
 START = 40  # seconds for imports, loading and drawing, whatever is trained
 
 
@@ -40,18 +40,24 @@ def _seconds_per_token(model, loader, training):
     """Return the seconds that a token takes, padding included: forward and back in training, else forward only."""
     device = next(model.parameters()).device
     was_training = model.training
-    seconds = tokens = 0
+    batches = list(itertools.islice(loader, STEPS + 1))
+    # A GPU is slow at first with each new shape of batch. A CPU is slow only at its first step.
+    warm_up = batches if device.type == "cuda" else batches[:1]
     with torch.random.fork_rng(), torch.set_grad_enabled(training):
         model.train(training)
-        for i, batch in enumerate(itertools.islice(loader, STEPS + 1)):
-            start = time.perf_counter()
-            loss = model(**batch.to(device)).loss
-            if training:
-                loss.backward()
-            loss.item()  # waits for a GPU
-            if i or len(loader) == 1:
-                seconds += time.perf_counter() - start
-                tokens += batch["input_ids"].numel()
+        for batch in warm_up:
+            _step(model, batch.to(device), training)
+        start = time.perf_counter()
+        for batch in batches[1:] or batches:
+            _step(model, batch.to(device), training)
+        seconds = time.perf_counter() - start
     model.train(was_training)
     model.zero_grad()
-    return seconds / tokens
+    return seconds / sum(batch["input_ids"].numel() for batch in batches[1:] or batches)
+
+
+def _step(model, batch, training):
+    loss = model(**batch).loss
+    if training:
+        loss.backward()
+    loss.item()  # waits for a GPU

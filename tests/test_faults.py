@@ -93,6 +93,15 @@ def test_a_model_that_is_copied_pickled_merged_or_cast_is_saved_all_the_same(ber
     assert torch.allclose(loaded(**batch).logits, model.eval()(**batch).logits, atol=0.3)
 
 
+@pytest.mark.parametrize("base_bits", [8, 4])
+def test_a_model_whose_buffers_were_moved_one_by_one_is_saved_as_a_gpu_needs_it(bert, tmp_path, base_bits):
+    model = model_of(bert, qLoRABertModel, base_bits=base_bits)
+    for name, buffer in dict(model.named_buffers(remove_duplicate=False)).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.clone())  # no tensor is shared any more
+    model.save_pretrained(tmp_path)
+
+
 def test_what_is_trained_beside_the_bert_or_in_another_head_is_refused_too(bert, tmp_path):
     model = model_of(bert)
     model.extra = torch.nn.Linear(2, 2)
