@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
 AVX512 = {"FBGEMM_ENABLE_INSTRUCTIONS": "AVX512_E1"}
 MACHINES = {
-    "cuda": ("GPU (H200)", "bfloat16", None),
+    "cuda": ("GPU (Hopper)", "bfloat16", None),
     "amx_bf16": ("AMX", "bfloat16", None),
     "avx512_bf16": ("AVX512_BF16", "bfloat16", None),
     "avx512_core_bf16": ("AVX512_BF16", "bfloat16", AVX512),

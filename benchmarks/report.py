@@ -49,7 +49,7 @@ TABLES = {
     "bytes of BERT-base": speed.bytes_of_bert_base,
     "growth with rank": speed.growth_with_rank,
 }
-INT8, NF4, AMX, GPU = speed.INT8_BASE, "q-LoRA, NF4 base", ["AMX"], ["GPU (H100)"]
+INT8, NF4, AMX, GPU = speed.INT8_BASE, "q-LoRA, NF4 base", ["AMX"], ["GPU (Hopper)"]
 BATCHES, ONE = "inference-batches-of-32", "inference-one-sentence"
 NUMBERS = {
     "BERT-base's parameters": speed.parameters_of_bert_base,

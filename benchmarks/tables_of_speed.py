@@ -19,7 +19,7 @@ PARTS = {
     "inference-batches-of-32": "predictions, batches of 32",
     "inference-one-sentence": "predictions, one sentence",
 }
-CLASSES = ["AVX2", "AVX512_VNNI", "AVX512_BF16", "AMX", "GPU (H100)"]  # the columns of the short tables
+CLASSES = ["AVX2", "AVX512_VNNI", "AVX512_BF16", "AMX", "GPU (Hopper)"]  # the columns of the short tables
 RANKS = (1, 4, 16, 64)
 INT8_BASE = "q-LoRA, 4 bits, int8 base"
 FULL = "full fine-tuning, in our batches"
