@@ -65,7 +65,7 @@ def hub_is_reachable(seconds: float = 5) -> bool:
 
 
 @contextlib.contextmanager
-def ask_once(seconds: float = 3):
+def ask_once(seconds: float = 2):
     """Make the hub's library ask each question once, and wait at most `seconds` for each part of an answer.
 
     By itself it asks up to six times, for half a minute or more. A download that was cut is still resumed where it

@@ -6,7 +6,7 @@ import time
 import torch
 
 STEPS = 6  # batches that are timed
-START = 40  # seconds for imports, loading and drawing, whatever is trained
+FIXED = (40, 20)  # seconds of core and rest for imports, loading and drawing, whatever is trained
 
 
 def print_estimate(model, train_loader, validation_loader, core, rest) -> float:
@@ -23,8 +23,9 @@ def print_estimate(model, train_loader, validation_loader, core, rest) -> float:
     lengths = train_loader.batch_sampler.lengths.float()
     one_sentence = trained * lengths.mean().item()
     one_evaluation = evaluated * validation_loader.batch_sampler.lengths.sum().item()
-    minutes = [(sentences * one_sentence + times * one_evaluation) / 60 for sentences, times in (core, rest)]
-    minutes[0] += START / 60
+    minutes = []
+    for fixed, (sentences, times) in zip(FIXED, (core, rest), strict=True):
+        minutes.append((fixed + sentences * one_sentence + times * one_evaluation) / 60)
     print(
         f"On this machine: {1 / one_sentence:.0f} sentences a second in training, {one_evaluation:.0f} s an evaluation"
     )
