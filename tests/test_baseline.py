@@ -9,8 +9,8 @@ import torch
 from conftest import randomise
 from sklearn.linear_model import LogisticRegression
 
-from lora_lab.baseline import FEATURES, frozen_features, head_alone, train_head
-from lora_utils import LoRABertModel, evaluate, make_loader, qLoRABertModel
+from lora_lab.baseline import FEATURES, frozen_features, head_alone
+from lora_utils import LoRABertModel, make_loader, qLoRABertModel
 
 SENTENCES = ["good", "a bad film", "very good , and longer than the others", "bad bad", "not a good film at all"]
 
@@ -64,23 +64,6 @@ def test_the_head_alone_is_scikit_learns_on_features_made_by_hand(model, tokeniz
     assert result.accuracy == (head.predict(rows) == labels).mean() and result.n == len(test)
     assert result.low < result.accuracy <= result.high
     assert result.loss == pytest.approx(-np.log(p).mean(), abs=1e-4)
-
-
-def test_the_logistic_regression_is_a_state_of_the_models_own_head(model, tokenizer):
-    """Put plus and minus half its weights into the head: the model gives the same labels with the same loss."""
-    train, test = make_loader(split(60, 1), tokenizer), make_loader(split(40, 2), tokenizer)
-    scaler, regression = train_head(model, train)
-    weight = regression.coef_ / scaler.scale_  # (1, width)
-    bias = regression.intercept_ - weight @ scaler.mean_  # (1,)
-    halves = np.array([[-0.5], [0.5]])
-    saved = {name: tensor.clone() for name, tensor in model.model.classifier.state_dict().items()}
-    with torch.no_grad():
-        model.model.classifier.weight.copy_(torch.tensor(halves * weight))
-        model.model.classifier.bias.copy_(torch.tensor((halves * bias)[:, 0]))
-    own, found = evaluate(model, test), head_alone(model, train, test)
-    model.model.classifier.load_state_dict(saved)
-    assert found.predictions == own.predictions and found[:4] == own[:4]
-    assert found.loss == pytest.approx(own.loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("model_class", [LoRABertModel, qLoRABertModel])

@@ -56,30 +56,25 @@ def test_an_epoch_holds_every_sentence_once(lengths, batch_size, shuffle, seed, 
     assert list(batches) == order[1:]
 
 
+def batch_order(lengths, seed=0, epoch=0):
+    batches = LengthGroupedBatches(lengths, 16, shuffle=True, seed=seed)
+    batches.set_epoch(epoch)
+    return list(batches)
+
+
 def test_batches_reproduce_under_a_seed_and_change_with_seed_and_epoch():
     lengths = torch.randint(3, 50, (500,)).tolist()
-
-    def order(seed, epoch):
-        batches = LengthGroupedBatches(lengths, 8, shuffle=True, seed=seed)
-        batches.set_epoch(epoch)
-        return list(batches)
-
-    assert order(0, 0) == order(0, 0)
-    assert len({str(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert batch_order(lengths) == batch_order(lengths)
+    assert len({str(batch_order(lengths, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
-def test_batches_hold_sentences_of_similar_length():
-    lengths = torch.randint(3, 50, (3000,))
-    grouped = sum(int(lengths[batch].max()) * len(batch) for batch in LengthGroupedBatches(lengths, 16, shuffle=True))
+def test_batches_hold_sentences_of_similar_length_and_short_and_long_ones_are_mixed():
+    lengths = torch.randint(3, 50, (3200,))
+    longest = torch.tensor([int(lengths[batch].max()) for batch in batch_order(lengths)]).float()
     at_random = sum(int(batch.max()) * len(batch) for batch in lengths.split(16))
-    assert grouped < 1.1 * lengths.sum() < 0.8 * at_random
-
-
-def test_short_and_long_batches_are_mixed():
-    lengths = torch.arange(3200) % 50
-    longest = torch.tensor([int(lengths[b].max()) for b in LengthGroupedBatches(lengths, 16, shuffle=True)]).float()
-    halves = longest.split(len(longest) // 2)
-    assert abs(halves[0].mean() - halves[1].mean()) < 8
+    assert 16 * longest.sum() < 1.1 * lengths.sum() < 0.8 * at_random
+    first, second = longest.split(len(longest) // 2)
+    assert abs(first.mean() - second.mean()) < 8
 
 
 def test_a_loader_pads_to_the_longest_of_the_batch_and_loses_no_sentence(tokenizer):
@@ -112,39 +107,27 @@ def test_the_interval_is_wilsons(right, n, low, high):
     assert wilson_interval(n - right, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
-def test_the_interval_never_leaves_the_share_outside():
+def test_an_interval_never_leaves_its_share_outside_and_one_of_nothing_is_refused():
     for n in range(1, 200):
         for right in (0, n):
             low, high = wilson_interval(right, n)
             assert 0 <= low <= right / n <= high <= 1
-
-
-def test_an_interval_of_nothing_is_refused():
     for right, n in ((0, 0), (5, 4), (-1, 4)):
         with pytest.raises(ValueError, match=f"{right} right of {n}"):
             wilson_interval(right, n)
 
 
 def test_mcnemars_test_is_the_binomial_test_on_the_sentences_that_only_one_has_right():
-    labels = [0, 1] * 50
+    labels, wrong = [0, 1] * 50, [1, 0] * 50
     for first_only, second_only in ((0, 0), (1, 0), (5, 5), (3, 14), (20, 6)):
-        first = list(labels)
-        second = list(labels)
-        for i in range(second_only):
-            first[i] = 1 - first[i]
-        for i in range(second_only, second_only + first_only):
-            second[i] = 1 - second[i]
-        first[-1] = 1 - labels[-1]
-        second[-1] = 1 - labels[-1]  # both wrong: it says nothing
         n = first_only + second_only
+        first = wrong[:second_only] + labels[second_only:-1] + wrong[-1:]
+        second = labels[:second_only] + wrong[second_only:n] + labels[n:-1] + wrong[-1:]  # the last: both wrong
         expected = binomtest(first_only, n).pvalue if n else 1.0
         compared = mcnemar(first, second, labels)
         assert compared.p == pytest.approx(expected)
         assert (compared.first_only, compared.second_only) == (first_only, second_only)
         assert ("no difference can be seen" in str(compared)) == (expected >= 0.05)
-
-
-def test_predictions_of_different_sentences_are_not_compared():
     with pytest.raises(ValueError, match="2 and 3 predictions for 3 labels"):
         mcnemar([0, 1], [0, 1, 1], [0, 1, 1])
 
@@ -162,20 +145,15 @@ def words(sentence):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split, number", [("train", 1600), ("validation", 400)])
-def test_movie_phrases_are_many_balanced_and_of_every_kind(split, number):
-    rows = phrases(split)
-    assert len(rows) >= number
-    assert sum(row["label"] for row in rows) * 2 == len(rows)
+def test_movie_phrases_are_balanced_of_every_kind_and_never_there_twice():
     kinds = {"plain", "negation", "contrast", "understatement", "figurative"}
-    for kind in kinds:
-        of_kind = [row["label"] for row in rows if row["kind"] == kind]
-        assert len(of_kind) > 0.04 * len(rows) and 0.45 < sum(of_kind) / len(of_kind) < 0.55, kind
-    assert {row["kind"] for row in rows} == kinds
-
-
-@pytest.mark.slow
-def test_no_movie_phrase_is_there_twice_or_nearly_so():
+    for split, number in (("train", 1600), ("validation", 400)):
+        rows = phrases(split)
+        assert len(rows) >= number and sum(row["label"] for row in rows) * 2 == len(rows)
+        assert {row["kind"] for row in rows} == kinds
+        for kind in kinds:
+            of_kind = [row["label"] for row in rows if row["kind"] == kind]
+            assert len(of_kind) > 0.04 * len(rows) and 0.45 < sum(of_kind) / len(of_kind) < 0.55, kind
     bags = [frozenset(words(row["sentence"])) for split in ("train", "validation") for row in phrases(split)]
     for i, bag in enumerate(bags):
         for other in bags[:i]:
