@@ -113,3 +113,14 @@ def randomise(model, seed=0):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1 if "lora" in name else 0.5)
     return model
+
+
+@pytest.fixture
+def few_phrases(tmp_path):
+    """Return a data folder of so few movie phrases that a notebook runs in a minute."""
+    folder = tmp_path / "few_phrases"
+    folder.mkdir()
+    for split, size in (("train", 170), ("validation", 48)):
+        lines = (ROOT / "data" / "movie_phrases" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        (folder / f"{split}.jsonl").write_text("\n".join(lines[:size]), encoding="utf-8")
+    return folder
