@@ -1,91 +1,21 @@
-"""Check that the benchmarks compare like with like, and that every text shows the results."""
+"""Check that the benchmarks compare like with like, and that they run."""
 
 import itertools
 import json
-import random
 import re
 import statistics
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import contenders
-import machine
-import nbformat
 import pytest
-import report
+import speed
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
+from lora_lab.sources import packaged_checkpoint
+
 IDS = [[101, *range(1000, 1000 + n), 102] for n in itertools.islice(itertools.cycle(range(1, 60)), 1600)]
-
-
-def test_the_tables_in_readme_and_notebooks_are_those_of_the_results():
-    command = [sys.executable, ROOT / "benchmarks" / "report.py", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def texts():
-    """Return {name: text} of README, benchmarks/README.md and every markdown cell that holds a table or number."""
-    found = {}
-    for name in report.FILES:
-        if name.endswith(".md"):
-            found[name] = (ROOT / name).read_text()
-        else:
-            cells = nbformat.read(ROOT / name, as_version=4).cells
-            sources = [cell.source for cell in cells if cell.cell_type == "markdown" and "<!-- /" in cell.source]
-            found |= {f"{name}, {number}": source for number, source in enumerate(sources)}
-    return found
-
-
-def change_a_digit(text, seed):
-    """Change one digit of a text, drawn under a seed."""
-    places = [place for place, character in enumerate(text) if character.isdigit()]
-    place = random.Random(seed).choice(places)
-    return f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}"
-
-
-@pytest.mark.parametrize("name", texts())
-def test_the_check_sees_one_changed_digit_in_every_table_and_number(name):
-    text = texts()[name]
-    assert report.filled(text) == text
-    blocks = re.findall(r"<!-- ([^/].*?) -->(.*?)<!-- /\1 -->", text, re.DOTALL)
-    assert len(blocks) == text.count("<!-- /")
-    for of_block, inside in blocks:
-        for seed in range(3):
-            changed = text.replace(inside, change_a_digit(inside, seed), 1)
-            assert changed != text and report.filled(changed) == text, of_block
-
-
-def test_no_table_has_a_measured_number_that_is_typed_in_by_hand():
-    for name in ("README.md", "benchmarks/README.md"):
-        outside = re.sub(r"<!-- ([^/].*?) -->(.*?)<!-- /\1 -->", "", (ROOT / name).read_text(), flags=re.DOTALL)
-        for row in outside.splitlines():
-            if row.startswith("|"):
-                assert not re.search(r"\d\.\d|\d\s*%|\d,\d{3}|\d MB", row), row
-
-
-@pytest.mark.parametrize("name", report.TABLES)
-def test_every_table_stands_in_one_text(name):
-    assert sum(f"<!-- {name} -->" in text for text in texts().values()) == 1
-
-
-def test_the_check_fails_where_the_results_do_not_bear_out_a_claim(monkeypatch, capsys):
-    monkeypatch.setattr(report, "claims", lambda: {"the earth is flat": False})
-    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
-    assert report.main() and "do not bear out: the earth is flat" in capsys.readouterr().out
-
-
-def test_the_report_complains_of_a_table_without_a_place(monkeypatch, capsys):
-    monkeypatch.setitem(report.TABLES, "a new table", lambda: "| 1 |")
-    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
-    assert report.main() and "a new table: has no place" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("text", ["<!-- no such table --><!-- /no such table -->", "<!-- training speed -->"])
-def test_the_report_refuses_an_unknown_name_and_half_a_pair_of_marks(text):
-    with pytest.raises(ValueError, match=r"no such table|needs one"):
-        report.filled(text)
 
 
 def test_every_way_starts_from_the_same_sentences():
@@ -101,17 +31,16 @@ def test_every_way_starts_from_the_same_sentences():
     assert rows("similar length") == rows("random") == rows("to 128") == sorted(map(tuple, IDS))
 
 
-@pytest.mark.parametrize("number", [4, 5, 10])
-def test_a_few_batches_are_as_long_on_the_mean_as_all(number):
-    ids, _ = contenders.sentences("auto")
+def test_a_few_batches_are_as_long_on_the_mean_as_all_and_as_sst_2s():
+    ids, name = contenders.sentences("auto")
+    assert len(ids) == 1600 and name == "movie_phrases, cut to SST-2's lengths"
+    assert 12.5 < statistics.fmean(map(len, ids)) < 14.7 and max(map(len, ids)) <= 66
     tokens = {}
     for way in ("similar length", "random", "to 128"):
-        few, every = (
-            statistics.fmean(batch["input_ids"].shape[1] for batch in contenders.batches(ids, way, n))
-            for n in (number, 50)
-        )
-        assert few == pytest.approx(every, rel=0.005)
-        tokens[way] = few
+        for number in (50, 4, 5, 10):
+            lengths = [batch["input_ids"].shape[1] for batch in contenders.batches(ids, way, number)]
+            every = tokens.setdefault(way, statistics.fmean(lengths))
+            assert statistics.fmean(lengths) == pytest.approx(every, rel=0.005)
     assert 2 * tokens["similar length"] < tokens["random"] < tokens["to 128"] / 2
 
 
@@ -123,37 +52,31 @@ def test_contenders_take_turns_in_alternating_order(capsys):
     assert all(len(values) == 2 for values in rates.values())
 
 
-def test_without_sst_2_the_phrases_are_as_long_as_its_own():
-    ids, name = contenders.sentences("auto")
-    assert len(ids) == 1600 and name == "movie_phrases, cut to SST-2's lengths"
-    assert 12.5 < statistics.fmean(map(len, ids)) < 14.7 and max(map(len, ids)) <= 66
-
-
-def test_a_cpu_is_not_held_to_what_it_lacks(monkeypatch, capsys):
-    monkeypatch.setattr(machine.torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    with pytest.raises(SystemExit):
-        machine.hold("AVX512_CORE_VNNI")
-    assert "this CPU lacks avx512_vnni" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["training", "ablation", "rank", "inference"])
-def test_the_benchmark_of_speed_runs(tmp_path, part):
-    command = [sys.executable, ROOT / "benchmarks" / "speed.py", part, "--model", "packaged", "--rounds", "2"]
-    done = subprocess.run([*command, "--batches", "1", "--out", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for file in tmp_path.iterdir():
-        result = json.loads(file.read_text())
-        assert all(rate > 0 for rates in result["sentences_a_second"].values() for rate in rates)
+def test_every_contender_can_be_built_and_timed(bert, part):
+    for name, ways in speed.PARTS[part].items():
+        rates = speed.time_all(name, ways, IDS[:64], bert, SimpleNamespace(batches=1, rounds=2))
+        assert all(re.search("bfloat16|torch.ao", way) for way in ways.keys() - rates.keys())  # not for each machine
+        assert all(len(of_way) == 2 and min(of_way) > 0 for of_way in rates.values())
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_memory_runs_and_a_smaller_base_takes_less(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "speed.py", "memory", "--model", "packaged", "--batches", "2"]
-    done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
+def test_the_benchmark_of_speed_saves_what_it_prints(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "speed.py", "integers", "--model", "packaged", "--rounds", "2"]
+    done = subprocess.run([*command, "--batches", "1", "--out", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.iterdir()
-    found = json.loads(file.read_text())["bytes"]
-    assert found["q-LoRA, NF4 base"]["peak"] < found["LoRA"]["peak"] < found["full fine-tuning, padded to 128"]["peak"]
-    assert found["q-LoRA, NF4 base"]["ledger"] < found["LoRA"]["ledger"] < found["LoRA"]["peak"]
+    results = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
+    assert {result["part"] for result in results} == speed.PARTS["integers"].keys()
+    for result in results:
+        for name, rates in result["sentences_a_second"].items():
+            assert min(rates) > 0 and re.search(rf"\b{name} .*÷ LoRA", done.stdout)
+
+
+@pytest.mark.slow
+def test_a_smaller_base_takes_less_memory_in_training_and_the_ledger_less_than_the_peak():
+    full, ours, nf4 = "full fine-tuning, padded to 128", "LoRA", "q-LoRA, NF4 base"
+    ids, _ = contenders.sentences("auto")
+    found = speed.peaks({name: speed.TRAINING[name] for name in (full, ours, nf4)}, ids, packaged_checkpoint(), 1)
+    assert found[nf4]["peak"] < found[ours]["peak"] < found[full]["peak"]
+    assert found[nf4]["ledger"] < found[ours]["ledger"] < found[ours]["peak"]
