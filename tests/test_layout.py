@@ -1,4 +1,4 @@
-"""Check that `lora_utils.py` works alone, and that adapters saved by its older code still load."""
+"""Check that `lora_utils.py` works alone, and that adapters of its older code still load."""
 
 import json
 import shutil
