@@ -23,12 +23,6 @@ def split(n, seed):
     return datasets.Dataset.from_dict({"sentence": sentences, "label": labels})
 
 
-@pytest.fixture(scope="module")
-def model(bert):
-    torch.manual_seed(0)
-    return LoRABertModel(bert, dtype=torch.float32)
-
-
 @torch.no_grad()
 def by_hand(model, data, tokenizer, features):
     """Encode the sentences one by one, so that nothing is padded."""
@@ -41,10 +35,10 @@ def by_hand(model, data, tokenizer, features):
 
 
 @pytest.mark.parametrize("features", FEATURES)
-def test_the_head_alone_is_scikit_learns_on_features_made_by_hand(model, tokenizer, features):
+def test_the_head_alone_is_scikit_learns_on_features_made_by_hand(bert, tokenizer, features):
+    model = LoRABertModel(bert, dtype=torch.float32).train()
     train, test = split(60, 1), split(40, 2)
     loaders = make_loader(train, tokenizer, 8, shuffle=True, seed=3), make_loader(test, tokenizer, 8)
-    model.train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # also scikit-learn's, that it has not converged
         result = head_alone(model, *loaders, features)
@@ -67,20 +61,15 @@ def test_the_head_alone_is_scikit_learns_on_features_made_by_hand(model, tokeniz
 
 
 @pytest.mark.parametrize("model_class", [LoRABertModel, qLoRABertModel])
-def test_a_trained_model_is_refused(bert, tokenizer, model_class):
+def test_other_features_a_loader_that_drops_sentences_and_a_trained_model_are_refused(bert, tokenizer, model_class):
     model = model_class(bert)
     loader = make_loader(split(8, 0), tokenizer)
     head_alone(model, loader, loader)  # A is not 0, B is
+    with pytest.raises(ValueError, match=r"'cls': allowed are 'pooled' and 'mean of tokens'"):
+        head_alone(model, loader, loader, "cls")
+    some = torch.utils.data.DataLoader(loader.dataset, batch_size=3, drop_last=True, collate_fn=loader.collate_fn)
+    with pytest.raises(ValueError, match="draws 6 of 8 sentences: use make_loader"):
+        head_alone(model, some, loader)
     randomise(model)
     with pytest.raises(ValueError, match=r"B of bert\.encoder\.layer\.0\.attention\.self\.query is not 0"):
         head_alone(model, loader, loader)
-
-
-def test_other_features_and_a_loader_that_leaves_sentences_out_are_refused(model, tokenizer):
-    loader = make_loader(split(8, 0), tokenizer)
-    with pytest.raises(ValueError, match=r"'cls': allowed are 'pooled' and 'mean of tokens'"):
-        head_alone(model, loader, loader, "cls")
-    dataset, collate = loader.dataset, loader.collate_fn
-    some = torch.utils.data.DataLoader(dataset, batch_size=3, drop_last=True, collate_fn=collate)
-    with pytest.raises(ValueError, match="draws 6 of 8 sentences: use make_loader"):
-        head_alone(model, some, loader)
