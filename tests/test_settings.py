@@ -9,8 +9,7 @@ import torch
 from lora_lab.settings import check_settings, number_of_sentences
 
 WRONG = {
-    "MODEL": ["  ", None],
-    "DATASET": ["", 3],
+    **{"MODEL": ["  ", None], "DATASET": ["", 3], "SEED": [-1, None], "EPOCHS": [0, 1.0], "BATCH_SIZE": [0, None]},
     "RANK": [0, 8.0, "8", True],
     "ALPHA": [0, -1.0, float("nan"), float("inf"), "16", True],
     "DROPOUT": [1.0, -0.1, "0.1", False],
@@ -18,10 +17,7 @@ WRONG = {
     "BASE_BITS": [2, 4.0, "8", True],
     "TARGETS": ["query", "", [], [""], [1], None, {"query"}],
     "LEARNING_RATE": [0, "2e-3", None],
-    "EPOCHS": [0, 1.0],
-    "BATCH_SIZE": [0, None],
     "TRAIN_SENTENCES": [0, 64.0, "some", True],
-    "SEED": [-1, None],
     "SWEEP_SEEDS": [None, 3, [-1], [0.5]],
 }
 
