@@ -464,7 +464,7 @@ def draw_scaling_and_rate(runs: list[dict]):
     fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.3), sharey=True)
     for ax, where in zip(axes, ("held-out", "validation"), strict=True):
         means = {cell: mean_accuracy(group, where) for cell, group in learned.items()}
-        low, high = min(means.values()), max(means.values())
+        low, high = min(means.values(), default=0), max(means.values(), default=0)
         grid = [[means.get((scaling, rate), math.nan) for rate in rates] for scaling in scalings]
         ax.imshow(grid, cmap="Blues", aspect="auto", origin="lower", vmin=low - 1, vmax=high + 1)
         for cell, group in cells.items():
@@ -479,6 +479,8 @@ def draw_scaling_and_rate(runs: list[dict]):
         ax.set_title(f"accuracy on {where}, %")
         ax.spines[:].set_visible(False)
     axes[0].set(yticks=range(len(scalings)), yticklabels=[f"{scaling:g}" for scaling in scalings], ylabel="α / r")
+    if not learned:
+        return fig, "With every setting, a run gave all sentences one label", describe(runs)
     scaling, rate = max(learned, key=lambda cell: mean_accuracy(learned[cell], "held-out"))
     finding = f"The highest mean on held-out: α / r = {scaling:g} and learning rate {rate:g}"
     return fig, finding, describe(runs)

@@ -22,3 +22,14 @@ def test_a_figure_is_small_and_sharp_and_has_an_alternative_text(name, monkeypat
     assert Image.open(io.BytesIO(image.data)).width == pytest.approx(2 * image.width, abs=1)
     alt = image._repr_mimebundle_()[1]["image/png"]["alt"]
     assert alt[0].isupper() and alt.endswith(".") and 50 < len(alt) < 300
+
+
+def test_settings_with_which_nothing_was_learned_are_drawn_too(monkeypatch):
+    monkeypatch.setattr(figures, "display", lambda image: None)
+    runs = [run | {"results": {**run["results"], "validation": nothing_learned(run)}} for run in RUNS]
+    figures.draw_scaling_and_rate(runs)
+
+
+def nothing_learned(run):
+    validation = run["results"]["validation"]
+    return validation | {"labels": "0" * len(validation["labels"])}

@@ -1,6 +1,8 @@
-"""Check that `lora_utils.py` works alone, and that adapters of its older code still load."""
+"""Check that `lora_utils.py` works alone, what the README tells to run, and that adapters of older code load."""
 
+import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,20 @@ def test_lora_utils_works_when_only_its_file_is_copied_and_does_not_import_datas
     command = [sys.executable, "-I", "-c", code, str(tmp_path)]  # sees neither this folder nor PYTHONPATH
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert done.stdout.splitlines() == [str(tmp_path / "lora_utils.py"), "(3, 6) False"]
+
+
+def test_the_readme_runs_and_calls_only_what_is_there():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"\bmake ([a-z-]+)", readme)) - {"address"}:
+        assert re.search(rf"(?m)^{target}:", makefile), target
+    for file in re.findall(r"(?:python |-r |nproc-per-node=2 )([\w./-]+\.(?:py|txt))", readme):
+        assert (ROOT / file).is_file(), file
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    calls = [
+        node.func.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and "attr" in dir(node.func)
+    ]
+    assert len(calls) >= 6 and all(hasattr(qLoRABertModel, call) for call in calls), calls
 
 
 # Adapters that commit b0ed9ae saved, of the BERT in conftest.py under the name "a-small-bert" ----------

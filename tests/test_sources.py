@@ -2,13 +2,17 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 
 from lora_lab.sources import find_model, load_sst2
 
@@ -246,3 +250,16 @@ def test_a_path_may_start_at_home_or_be_relative(folder, bert, tmp_path, monkeyp
         for path, named in ("~/nothing", str(home / "nothing")), ("~no-such-user/x", "~no-such-user/x"):
             with pytest.raises(ValueError, match=f"no (data folder|model) {re.escape(repr(named))}"):
                 search(path)
+
+
+def test_a_notebook_may_print_any_letter_on_a_machine_with_another_encoding():
+    code = """if True:
+        import sys
+        import run_notebook
+        run_notebook.execute = lambda source, target, core: ["α ▇ half \\ud83d"]
+        sys.argv[1:] = ["some.ipynb"]
+        run_notebook.main()
+    """
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT / "tools")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert run.returncode == 0 and "α ▇ half ?" in run.stdout.decode("utf-8"), run

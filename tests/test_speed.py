@@ -9,13 +9,30 @@ import sys
 from types import SimpleNamespace
 
 import contenders
+import nbformat
 import pytest
+import report
 import speed
 from conftest import ROOT
 
 from lora_lab.sources import packaged_checkpoint
 
 IDS = [[101, *range(1000, 1000 + n), 102] for n in itertools.islice(itertools.cycle(range(1, 60)), 1600)]
+
+
+@pytest.mark.parametrize("name", report.FILES)
+def test_one_changed_digit_in_any_table_or_number_is_seen(name):
+    texts = [(ROOT / name).read_text(encoding="utf-8")]
+    if name.endswith(".ipynb"):
+        cells = nbformat.read(ROOT / name, as_version=4).cells
+        texts = [cell.source for cell in cells if cell.cell_type == "markdown" and "<!-- /" in cell.source]
+    for text in texts:
+        assert report.filled(text) == text
+        for block in re.finditer(r"<!-- ([^/].*?) -->(.*?)<!-- /\1 -->", text, re.DOTALL):
+            digits = [place for place in range(*block.span(2)) if text[place].isdigit()]
+            for place in (digits[0], digits[-1]):
+                changed = f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}"
+                assert report.filled(changed) == text, block[1]
 
 
 def test_every_way_starts_from_the_same_sentences():
