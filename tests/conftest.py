@@ -122,17 +122,3 @@ def few_phrases(tmp_path):
         lines = (ROOT / "data" / "movie_phrases" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         (folder / f"{split}.jsonl").write_text("\n".join(lines[:size]), encoding="utf-8")
     return folder
-
-
-def train(model, batch, steps=3):
-    """Train on one batch. Return the loss before each step, and leave the model to be evaluated."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.train()
-    losses = []
-    for _ in range(steps):
-        losses.append(model(**batch).loss)
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    return losses

@@ -88,9 +88,6 @@ def test_packing_takes_no_gaps_and_gives_the_same_integers_back(shape, bits, see
     assert unpack(pack(numbers, bits), bits, (4,)).tolist() == [1, 0, 0, 1]  # what is too large stays alone
 
 
-# Rounding A and B jointly --------------------------------------------------------------------------
-
-
 def trained_pair(rank=8):
     """Return an A and a B as training makes them: with correlated ranks."""
     generator = torch.Generator().manual_seed(0)
@@ -125,9 +122,6 @@ def test_rounding_jointly_handles_ranks_that_are_zero_or_equal():
     B[:, 2] = 0
     new_A, new_B = quantize_jointly(A, B, 8)
     assert (new_B @ new_A - B @ A).norm() < 0.01 * (B @ A).norm()
-
-
-# Frozen weights -----------------------------------------------------------------------------------
 
 
 def linear(inputs, outputs, dtype=torch.float32):
