@@ -26,6 +26,13 @@ from lora_utils import LoRABertModel, LoRALayer, QuantizedLinear, QuantizedLoRAL
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 BASES = [None, 8, 4]
 
+CPU = torch.cpu.get_capabilities()
+CAP = os.environ.get("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+VNNI = (CPU.get("avx_vnni") or CPU.get("avx512_vnni")) and ("VNNI" in CAP or "BF16" in CAP)
+X86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+needs_vnni = pytest.mark.skipif(not (X86 and VNNI), reason="oneDNN's sums are exact on CPUs with VNNI")
+needs_x86 = pytest.mark.skipif(not X86, reason="PyTorch multiplies integers on x86 CPUs with AVX2")
+
 
 def relative_error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
@@ -43,10 +50,7 @@ def frozen(base_bits, dtype=torch.float32, bias=True, inputs=384, outputs=48, ke
     return base, base.dequantize().double(), b
 
 
-SIZES = [((), 1, 1, 1), ((7,), 128, 48, 4), ((2, 5), 33, 40, 33)]
-
-
-@pytest.mark.parametrize("shape, inputs, outputs, rank", SIZES, ids=str)
+@pytest.mark.parametrize("shape, inputs, outputs, rank", [((), 1, 1, 1), ((7,), 128, 48, 4), ((2, 5), 33, 40, 33)])
 @pytest.mark.parametrize("dtype", ALLOWED, ids=str)
 @pytest.mark.parametrize("base_bits", BASES)
 @pytest.mark.parametrize("bits", [None, 2, 3, 8])
@@ -60,28 +64,18 @@ def test_a_layer_and_its_gradients_are_those_of_the_formula(bits, base_bits, dty
     scaling = 6 / (rank**0.5 if rank == 33 else rank)
     assert relative_error(layer.delta_weight(), scaling * B @ A) < 1e-5
     for module, expected in ((base, x64 @ W.T + b), (layer, x64 @ W.T + b + scaling * x64 @ A.T @ B.T)):
+        x.grad = x64.grad = None
         y = module(x)
         g = torch.randn_like(y)
         y.backward(g)
         expected.backward(g.double())
         assert y.dtype == dtype and y.shape == expected.shape
         pairs = [(y, expected), (x.grad, x64.grad)]
-        if module is layer:
-            pairs += [(layer.lora_A.grad, A.grad), (layer.lora_B.grad, B.grad)]
+        pairs += [(layer.lora_A.grad, A.grad), (layer.lora_B.grad, B.grad)] if module is layer else []
         for found, exact in pairs:
             assert relative_error(found, exact) < ALLOWED[dtype]
         assert module(x.new_zeros(2, 0, inputs)).shape == (2, 0, outputs)
     assert not base(x.detach()).requires_grad
-
-
-# Products of integers
-
-CPU = torch.cpu.get_capabilities()
-CAP = os.environ.get("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
-VNNI = (CPU.get("avx_vnni") or CPU.get("avx512_vnni")) and ("VNNI" in CAP or "BF16" in CAP)
-X86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-needs_vnni = pytest.mark.skipif(not (X86 and VNNI), reason="oneDNN's sums are exact on CPUs with VNNI")
-needs_x86 = pytest.mark.skipif(not X86, reason="PyTorch multiplies integers on x86 CPUs with AVX2")
 
 
 @pytest.fixture(params=[pytest.param("onednn", marks=needs_vnni), pytest.param("fbgemm", marks=needs_x86)])

@@ -15,6 +15,7 @@ from lora_utils import LoRALayer, QuantizedLinear, QuantizedLoRALayer
 BASES = [None, 8, 4]
 BITS_AND_BASES = list(itertools.product([2, 3, 8], BASES))
 DTYPES = [torch.float32, torch.bfloat16]
+DERIVED = nn.MultiheadAttention(8, 2).out_proj  # of a class derived from nn.Linear, as bitsandbytes has some
 
 
 def layer_of(bits=None, base_bits=None, dtype=torch.float32, bias=True, fresh=False, **options):
@@ -147,16 +148,12 @@ def test_packed_copied_loaded_or_unpacked_it_computes_the_same_to_the_last_bit(b
     assert all(torch.equal(tensor, packed[name]) for name, tensor in layer.packed_tensors().items())
 
 
-class Derived(nn.Linear):
-    """Stand for layers such as bitsandbytes', whose weight is not what they multiply by."""
-
-
 @pytest.mark.parametrize(
     "name, value",
     [("rank", rank) for rank in (0, 1.5, "8", True, None, 33)]
     + [("alpha", alpha) for alpha in (0, math.nan, math.inf, "16", True)]
     + [("dropout", dropout) for dropout in (1.0, -0.1, math.nan, "0.1", True)]
-    + [("base", base) for base in (None, nn.Embedding(3, 4), LoRALayer(nn.Linear(8, 8)), Derived(8, 8))],
+    + [("base", base) for base in (None, nn.Embedding(3, 4), LoRALayer(nn.Linear(8, 8)), DERIVED)],
 )
 def test_a_wrong_argument_is_refused_by_name_and_value(name, value):
     found = f"a {type(value).__name__}" if name == "base" else repr(value)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lora_utils import LoRABertModel, detect_compute_format, match_targets, qLoRABertModel
 
@@ -44,7 +43,6 @@ LAPTOP = {"avx2": True, "avx_vnni": True}
         (SERVER, "AVX2", "AVX2_VNNI", torch.float32, "fbgemm"),  # which this CPU does not have
         (SERVER | {"avx_vnni": True}, "AVX2", "AVX2_VNNI", torch.float32, "onednn"),
         (LAPTOP, "AVX2", "", torch.float32, "onednn"),
-        (LAPTOP | {"avx_vnni": False}, "AVX2", "", torch.float32, "fbgemm"),
         ({"architecture": "aarch64", "bf16": True, "i8mm": True}, "DEFAULT", "", torch.float32, None),  # in doubt
     ],
 )
@@ -57,13 +55,12 @@ def test_the_machine_decides_on_bf16_and_on_int8_arithmetic(monkeypatch, able, a
     assert found == (dtype, "eager", int8) and found._fields == ("dtype", "attention", "int8")
 
 
-def test_a_gpu_without_bf16_takes_float16_if_it_has_tensor_cores(monkeypatch):
+@pytest.mark.parametrize("major, dtype", [(8, torch.bfloat16), (7, torch.float16), (6, torch.float32)])
+def test_a_gpu_without_bf16_takes_float16_if_it_has_tensor_cores(monkeypatch, major, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for bf16, capability, dtype in ((True, 8, torch.bfloat16), (False, 7, torch.float16), (False, 6, torch.float32)):
-        supported = lambda including_emulation, bf16=bf16: bf16 or including_emulation  # noqa: E731
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: (capability, 0))
-        assert detect_compute_format() == (dtype, "sdpa", None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or major >= 8)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    assert detect_compute_format() == (dtype, "sdpa", None)
 
 
 WRONG = [
@@ -91,19 +88,16 @@ def test_what_is_no_folder_of_a_bert_and_no_model_of_the_hub_is_refused(bert, tm
     for options in ({"model_name": str(tmp_path)}, {"model_name": str(bert), "folder": tmp_path}):
         with pytest.raises(ValueError, match=rf"no config\.json in {tmp_path}"):
             LoRABertModel(**options)
-    for config, found in (
-        ({"model_type": "distilbert"}, "distilbert"),
-        ({"model_type": "bert", "is_decoder": True}, "is a decoder"),
-    ):
+    for config in ({"model_type": "distilbert"}, {"model_type": "bert", "is_decoder": True}):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=r"is a (checkpoint of type 'distilbert'|decoder of type 'bert'): allowed"):
             LoRABertModel(str(tmp_path))
 
 
 def test_forward_returns_transformers_output_and_refuses_a_label_out_of_range(bert, batch):
     model = LoRABertModel(str(bert))
     labels = batch.pop("labels")
-    assert isinstance(model(**batch), SequenceClassifierOutput) and model(**batch).loss is None
+    assert list(model(**batch)) == ["logits"] and list(model(**batch, labels=labels)) == ["loss", "logits"]
     for wrong in (-100, 2):
         labels[1] = wrong
         with pytest.raises(ValueError, match=f"{wrong}.*: allowed are 0 to 1"):
