@@ -14,7 +14,7 @@ from torch import nn
 from lora_lab.rounding import WAYS, quantize_jointly
 from lora_utils import QuantizedEmbedding, QuantizedLinear, QuantizedLoRALayer, dequantize, pack, quantize, unpack
 
-HUGE = torch.cat([torch.full((7, 64), 3.4e38), torch.zeros(1, 64)])
+HUGE = torch.cat([torch.full((7, 64), 3.4e38), torch.ones(1, 64)])
 NF4 = bnb.get_4bit_type("nf4", "cpu")
 BITS = st.integers(2, 8)
 NUMBERS = st.one_of(
