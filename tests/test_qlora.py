@@ -231,9 +231,7 @@ def test_the_ledger_names_what_it_counts_and_its_adapter_is_as_large_as_the_file
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_bert_base_is_as_small_as_the_readme_says_and_its_4_bit_base_is_loaded_within_320_mb(tmp_path):
     BertModel(BertConfig()).save_pretrained(tmp_path)
     readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
