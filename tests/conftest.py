@@ -122,3 +122,21 @@ def few_phrases(tmp_path):
         lines = (ROOT / "data" / "movie_phrases" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         (folder / f"{split}.jsonl").write_text("\n".join(lines[:size]), encoding="utf-8")
     return folder
+
+
+def refused(message, call, *arguments, **options):
+    """Check that this call raises a ValueError with this message."""
+    with pytest.raises(ValueError, match=message):
+        call(*arguments, **options)
+
+
+def before_next_fsync(monkeypatch, act):
+    """Let another function run just before the next file is flushed to the disk."""
+    fsync = os.fsync
+
+    def act_and_flush(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        act()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", act_and_flush)
