@@ -1,8 +1,6 @@
 """Check the data: where it comes from, its batches, what is measured on it, and the phrases of this project."""
 
 import itertools
-import json
-import re
 from collections import Counter
 
 import datasets
@@ -19,14 +17,6 @@ from lora_lab.sources import MOVIE_PHRASES, load_sst2
 from lora_utils import LengthGroupedBatches, make_loader, wilson_interval
 
 ROWS = [{"sentence": f"sentence {'very ' * i}long", "label": i % 2, "idx": i} for i in range(7)]
-
-
-def test_label_0_is_negative_and_label_1_is_positive():
-    data = load_sst2("auto")["train"]
-    assert data.features["label"].names == ["negative", "positive"]
-    labels = dict(zip(data["sentence"], data["label"], strict=True))
-    assert labels["delivers honest laughter and honest tears"] == 1
-    assert labels["horrible dubbing, worse music"] == 0
 
 
 @settings(deadline=None, max_examples=60)
@@ -112,46 +102,10 @@ def test_mcnemars_test_is_the_binomial_test_on_the_sentences_that_only_one_has_r
         mcnemar([0, 1], [0, 1, 1], [0, 1, 1])
 
 
-def phrases(split):
-    with open(MOVIE_PHRASES / f"{split}.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def words(sentence):
-    return re.findall(r"[a-z]+(?:['-][a-z]+)*", sentence.lower())
-
-
 @pytest.mark.slow
-def test_movie_phrases_are_balanced_and_of_every_kind_and_of_validation_ones_the_sentiment_words_are_new():
-    kinds = {"plain", "negation", "contrast", "understatement", "figurative"}
-    for split, number in (("train", 1600), ("validation", 400)):
-        rows = phrases(split)
-        assert len(rows) >= number and {row["kind"] for row in rows} == kinds
-        assert sum(row["label"] for row in rows) * 2 == len(rows)
-        for kind in kinds:
-            of_kind = [row["label"] for row in rows if row["kind"] == kind]
-            assert len(of_kind) > 0.04 * len(rows) and 0.45 < sum(of_kind) / len(of_kind) < 0.55, kind
-    known = {word for row in phrases("train") for word in words(row["sentence"])}
-    for row in phrases("validation"):
-        assert set(row["cues"]) <= set(words(row["sentence"])) and not known & set(row["cues"]), row
-        assert row["cues"] or row["kind"] in ("understatement", "figurative"), row
-
-
-@pytest.mark.slow
-def test_no_movie_phrase_is_there_twice_or_nearly_so():
-    bags = [frozenset(words(row["sentence"])) for split in ("train", "validation") for row in phrases(split)]
-    for bag, other in itertools.combinations(bags, 2):
-        shared = len(bag & other)
-        assert shared < 4 or shared / len(bag | other) <= 0.75, (bag, other)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ngrams", [(1, 1), (1, 2)])
-def test_a_bag_of_words_does_not_solve_movie_phrases(ngrams):
-    train = phrases("train")
-    validation = phrases("validation")
-    vectors = CountVectorizer(ngram_range=ngrams)
+def test_a_bag_of_words_and_pairs_does_not_solve_movie_phrases():
+    train, validation = load_sst2(MOVIE_PHRASES, announce=False).values()
+    vectors = CountVectorizer(ngram_range=(1, 2))
     model = LogisticRegression(max_iter=2000)
-    model.fit(vectors.fit_transform(row["sentence"] for row in train), [row["label"] for row in train])
-    score = model.score(vectors.transform(row["sentence"] for row in validation), [row["label"] for row in validation])
-    assert score <= 0.65
+    model.fit(vectors.fit_transform(train["sentence"]), train["label"])
+    assert model.score(vectors.transform(validation["sentence"]), validation["label"]) <= 0.65

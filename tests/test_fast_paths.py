@@ -161,6 +161,15 @@ def test_seven_bits_do_not_overflow_16_bits_on_a_cpu_with_avx2_only():
     assert "1 passed" in ran.stdout, ran.stdout
 
 
+def test_codes_that_came_back_in_inference_mode_can_be_loaded_into(kernel):
+    base, W, _ = frozen(8, kernel=kernel)
+    with torch.inference_mode():
+        base(torch.randn(3, 384))
+        base.dequantize()
+    base.load_state_dict(frozen(8)[0].state_dict())
+    assert torch.equal(base.dequantize().double(), W)
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_a_packed_layer_that_is_moved_copied_stored_or_decoded_computes_what_it_did(kernel, train):
     base, W, _ = frozen(8, kernel=kernel)

@@ -191,13 +191,6 @@ def test_a_label_with_a_name_counts_by_its_name(tmp_path, write):
             load_sst2(saved(tmp_path / f"refused {names}", names.split(), labels, write))
 
 
-def test_parquet_of_other_tools_is_read(folder):
-    sentence = pyarrow.array(["a", "b", "a"]).dictionary_encode()
-    label = pyarrow.array([0, 1, 0], pyarrow.int8()).dictionary_encode()
-    place = folder({"train.parquet": parquet(pyarrow.table({"sentence": sentence, "label": label, "kind": sentence}))})
-    assert pairs(load_sst2(place)["train"]) == [("a", 0), ("b", 1), ("a", 0)]
-
-
 def test_glues_own_files_are_taken(folder):
     lines = ["sentence\tlabel\n", "hide new secretions from the units \t0\n", '"quirky" and "funny \t1\n', '"\t0\n']
     files = {"train.tsv": "".join(lines), "dev.tsv": "".join(lines), "test.tsv": "index\tsentence\n0\tno label\n"}
