@@ -618,7 +618,7 @@ class QuantizedLinear(_QuantizedWeight):
     def forward(self, x: Tensor) -> Tensor:
         x = _cast_for_autocast(x)
         rows = x.reshape(-1, self.in_features)  # (n, in)
-        # A step of autograd takes half as long as a product of few rows, so predictions do without.
+        # Predictions do without a step of autograd, which costs time where x has few rows.
         y = _FrozenLinearFunction.apply(rows, self) if torch.is_grad_enabled() else self._forward_frozen(rows)
         return y.view(*x.shape[:-1], self.out_features)  # (..., out)
 
@@ -655,7 +655,7 @@ class QuantizedLinear(_QuantizedWeight):
         differentiable = torch.is_grad_enabled() and x.requires_grad  # only in a double backward pass
         kernel = self.int8_arithmetic if possible and not differentiable else None
         packed = self.packed_integers
-        if packed and packed["forward"].kernel == kernel:  # nearly always, so it takes no lock
+        if kernel == (packed["forward"].kernel if packed else None):  # nearly always, so it takes no lock
             return packed
         with torch.inference_mode(False), _PACKING:  # what is packed while predicting is used in training too
             if self.packed_integers and self.packed_integers["forward"].kernel != kernel:
@@ -1068,7 +1068,7 @@ class LoRABertModel(nn.Module):
         """Raise ValueError for a tensor outside the adapter's file that is trained or differs from the checkpoint."""
         found = {}
         saved = r"\.lora_[AB]$|\.[AB]_(codes|scales)$|\.merged_weight$|^classifier\.(weight|bias)$"
-        each = {"remove_duplicate": False}  # moving to a GPU makes a tensor of each that was shared
+        each = {"remove_duplicate": False}  # a tensor that layers share on a CPU is copied for each on a GPU
         for name, tensor in itertools.chain(self.named_parameters(**each), self.named_buffers(**each)):
             name = name.removeprefix("model.")
             if not re.search(saved, name):

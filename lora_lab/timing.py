@@ -42,6 +42,7 @@ def _seconds_per_token(model, loader, training):
     device = next(model.parameters()).device
     was_training = model.training
     batches = list(itertools.islice(loader, STEPS + 1))
+    timed = batches[1:] or batches
     # A GPU is slow at first with each new shape of batch. A CPU is slow only at its first step.
     warm_up = batches if device.type == "cuda" else batches[:1]
     with torch.random.fork_rng(), torch.set_grad_enabled(training):
@@ -49,12 +50,12 @@ def _seconds_per_token(model, loader, training):
         for batch in warm_up:
             _step(model, batch.to(device), training)
         start = time.perf_counter()
-        for batch in batches[1:] or batches:
+        for batch in timed:
             _step(model, batch.to(device), training)
         seconds = time.perf_counter() - start
     model.train(was_training)
     model.zero_grad()
-    return seconds / sum(batch["input_ids"].numel() for batch in batches[1:] or batches)
+    return seconds / sum(batch["input_ids"].numel() for batch in timed)
 
 
 def _step(model, batch, training):
